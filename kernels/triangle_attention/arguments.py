@@ -1,0 +1,74 @@
+"""What all kernels are given alike: strides, sizes, flags, precision."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """`stride_qb`, `stride_qr`, ... of a tensor with one letter for each axis; zeros for None."""
+    values = tensor.stride() if tensor is not None else (0,) * len(axes)
+    return {f"stride_{name}{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def padded_head(D: int) -> int:
+    """Columns of a tile: a power of two, and 16 at least, which is the shortest that `tl.dot` sums over."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of this dtype round: float32 as torch's own do under the present settings.
+
+    `fp32_precision` reads right whichever of torch's APIs set it; `get_float32_matmul_precision` and `allow_tf32`
+    raise once the old and the new API have been mixed.
+    """
+    if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        # The interpreter multiplies the bits of bfloat16 as integers; remove once all supported versions have
+        # https://github.com/triton-lang/triton/issues/11584 mended.
+        return "upcast"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def shared(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> dict[str, Any]:
+    """Keyword arguments that every kernel takes."""
+    _, R, I, H, D = q.shape
+    # Triton loads a bool as the byte it is; naming it so keeps one spelling for the load.
+    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "bias_ptr": bias,
+        "key_ptr": key,
+        **strides("q", q, "brihd"),
+        **strides("k", k, "brjhd"),
+        **strides("v", v, "brjhd"),
+        **strides("bias_", bias, "bhij"),
+        **strides("key_", key, "brj"),
+        "R": R,
+        "H": H,
+        "I": I,
+        "J": k.shape[2],
+        "scale": scale,
+        "fill": fill,
+        "D": D,
+        "BLOCK_D": padded_head(D),
+        "HAS_BIAS": bias is not None,
+        "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
+        "KEY_TERM_FIRST": key_term_first,
+        "PRECISION": dot_precision(q.dtype),
+    }

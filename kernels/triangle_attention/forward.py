@@ -1,0 +1,177 @@
+"""Forward in plain Triton: one program owns a block of queries of one row and head and walks the keys.
+
+    x = scale·⟨q, k⟩ + bias (⊕ key term), out = Σ_j softmax_j(x) · v
+
+Source: Jumper et al. 2021, Supplementary Algorithms 13 and 14; the softmax is summed as in Dao et al. 2022,
+Algorithm 1. The portable path: no layout, size or architecture is assumed beyond what `op.py` states.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import arguments, tiling
+from trifast_inductor.kernels.triangle_attention.logits import (
+    LOG2E,
+    dot,
+    load_key_term,
+    load_rows,
+    logits_tile,
+    store_rows,
+)
+from trifast_inductor.kernels.triangle_attention.order import program_place
+
+
+@triton.jit
+def _triangle_attention_fwd(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_ptr,
+    out_ptr,  # [B, R, I, H, D] contiguous
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
+    # int64 makes every offset so; strides that are often 1 stay free to be specialised.
+    stride_qb: tl.int64,
+    stride_qr: tl.int64,
+    stride_qi: tl.int64,
+    stride_qh: tl.int64,
+    stride_qd,
+    stride_kb: tl.int64,
+    stride_kr: tl.int64,
+    stride_kj: tl.int64,
+    stride_kh: tl.int64,
+    stride_kd,
+    stride_vb: tl.int64,
+    stride_vr: tl.int64,
+    stride_vj: tl.int64,
+    stride_vh: tl.int64,
+    stride_vd,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_i: tl.int64,
+    stride_bias_j,
+    stride_key_b: tl.int64,
+    stride_key_r: tl.int64,
+    stride_key_j,
+    R,
+    H,
+    I,
+    J,
+    scale,
+    fill,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEY_TERM: tl.constexpr,
+    KEY_TERM_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
+    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    j = tl.arange(0, BLOCK_J)
+    i_in_range = i < I
+
+    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
+    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
+    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
+    if HAS_BIAS:
+        bias_ptr += b * stride_bias_b + h * stride_bias_h
+        bias_offsets = (i * stride_bias_i)[:, None] + (j.to(tl.int64) * stride_bias_j)[None, :]
+    if KEY_TERM != "none":
+        key_ptr += b * stride_key_b + r * stride_key_r
+
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
+    row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_I], tl.float32)
+    acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+
+    for start in range(0, J, BLOCK_J):
+        in_range = j < J - start
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
+        qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
+        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
+        x = logits_tile(
+            qk,
+            bias,
+            key[None, :],
+            in_range[None, :],
+            scale,
+            fill,
+            HAS_BIAS,
+            KEY_TERM,
+            KEY_TERM_FIRST,
+            EVEN_J,
+        )
+
+        new_max = tl.maximum(row_max, tl.max(x, 1))
+        # A row of -inf keeps exp(-inf) = 0 until the last division makes it 0/0.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        # The difference first, then log2(e): see `probabilities`.
+        p = tl.exp2((x - shift[:, None]) * LOG2E)
+        rescale = tl.exp2((row_max - shift) * LOG2E)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
+        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+        row_max = new_max
+
+        k_ptr += BLOCK_J * stride_kj
+        v_ptr += BLOCK_J * stride_vj
+        if HAS_BIAS:
+            bias_ptr += BLOCK_J * stride_bias_j
+        if KEY_TERM != "none":
+            key_ptr += BLOCK_J * stride_key_j
+
+    out_ptr += ((b * R + r) * I * H + h) * D
+    store_rows(out_ptr, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
+    statistics = ((b * R + r) * H + h) * I + i
+    tl.store(row_max_ptr + statistics, row_max, mask=i_in_range)
+    tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out `[B, R, I, H, D]`, and row maximum and row sum `[B, R, H, I]` in float32, all contiguous.
+
+    Takes what `op.py` has checked, in any strides. No keys at all: out and row sum are 0, row maximum -inf.
+    """
+    B, R, I, H, D = q.shape
+    J = k.shape[2]
+    out = torch.empty((B, R, I, H, D), dtype=q.dtype, device=q.device)
+    row_max = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
+    row_sum = torch.empty_like(row_max)
+    if J == 0:
+        return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
+    if out.numel() == 0:
+        return out, row_max, row_sum
+
+    tile = tiling.forward_tile(q.dtype, D, I, J)
+    programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
+    with torch.cuda.device_of(q):
+        _triangle_attention_fwd[(programs,)](
+            out_ptr=out,
+            row_max_ptr=row_max,
+            row_sum_ptr=row_sum,
+            EVEN_J=J % tile.BLOCK_J == 0,
+            **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
+            **vars(tile),
+        )
+    return out, row_max, row_sum

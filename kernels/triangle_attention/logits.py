@@ -1,0 +1,104 @@
+"""The logits of one tile and the probabilities made of them: every kernel's semantics, written once.
+
+    x = scale·⟨q, k⟩ + bias (⊕ key term)     p = exp(x - row_max) / row_sum
+
+All in float32 and natural-log units. Tiles may be `[i, j]` or `[j, i]`: `key` and `in_range` are broadcast.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of a kernel's parameters, so only its own types may stand there.)
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[rows, BLOCK_D]` of an operand with D columns, zero outside it."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (rows.to(tl.int64) * stride_row)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
+    if D == BLOCK_D:
+        tile = tl.load(ptrs, mask=in_range[:, None], other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=in_range[:, None] & (d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, rows, in_range, stride_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The other way, into an operand whose columns lie side by side; rounds to its dtype."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (rows.to(tl.int64) * stride_row)[:, None] + d[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=in_range[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in float32; acc may be None."""
+    if PRECISION == "upcast":
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr):
+    """The key term of some keys: float32 to add, or bool where the logit is replaced."""
+    if KEY_TERM == "add":
+        term = tl.load(ptr + keys.to(tl.int64) * stride_j, mask=in_range, other=0.0).to(tl.float32)
+    elif KEY_TERM == "select":
+        term = tl.load(ptr + keys.to(tl.int64) * stride_j, mask=in_range, other=0) != 0
+    else:
+        term = in_range  # not read
+    return term
+
+
+@triton.jit
+def _with_key_term(x, key, fill, KEY_TERM: tl.constexpr):
+    if KEY_TERM == "add":
+        x = x + key
+    elif KEY_TERM == "select":
+        x = tl.where(key, fill, x)
+    return x
+
+
+@triton.jit
+def logits_tile(
+    qk,
+    bias,
+    key,
+    in_range,
+    scale,
+    fill,
+    HAS_BIAS: tl.constexpr,
+    KEY_TERM: tl.constexpr,
+    KEY_TERM_FIRST: tl.constexpr,
+    EVEN_J: tl.constexpr,
+):
+    """What the softmax reads: scaled products, bias and key term in eager's order.
+
+    A key past the end (not `in_range`) is -inf, never the fill: a row with all keys masked by a finite fill is
+    uniform over the keys that exist.
+    """
+    x = qk * scale
+    if KEY_TERM_FIRST:
+        x = _with_key_term(x, key, fill, KEY_TERM)
+    if HAS_BIAS:
+        x = x + bias.to(tl.float32)
+    if not KEY_TERM_FIRST:
+        x = _with_key_term(x, key, fill, KEY_TERM)
+    if not EVEN_J:
+        x = tl.where(in_range, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def probabilities(x, row_max, log2_sum):
+    """exp(x - row_max) / row_sum, from the log2 of the sum.
+
+    The difference is taken before the factor log2(e): at x = row_max = -1e9 one fused multiply-add of
+    x·log2(e) - row_max·log2(e) would be off by the rounding of 1.4e9. A row of -inf gives NaN, as eager's 0/0.
+    """
+    return tl.exp2((x - row_max) * LOG2E - log2_sum)

@@ -1,0 +1,220 @@
+"""`torch.ops.trifast_inductor.triangle_attention`: schema, fake, autograd and choice of implementation.
+
+    x[b,r,h,i,j] = scale·⟨q[b,r,i,h], k[b,r,j,h]⟩ + bias[b,h,i,j]  (⊕ key term[b,r,j])
+    out[b,r,i,h] = Σ_j softmax_j(x[b,r,h,i,j]) · v[b,r,j,h]
+
+Source: Jumper et al. 2021, Supplementary Algorithms 13 and 14; r is the row that shares the bias.
+
+| argument | shape | meaning |
+|---|---|---|
+| q | [B, R, I, H, D] | any strides; float32, bfloat16, float16, float64 |
+| k, v | [B, R, J, H, D] | dtype of q |
+| bias | [B, H, I, J] | optional; any float dtype; added in float32; differentiable |
+| key_bias | [B, R, J] | optional; any float dtype; added in float32; no gradient |
+| key_mask | [B, R, J] bool | optional, True where the logit is replaced by `fill`; excludes key_bias |
+| key_term_first | bool | the key term meets the logits before the bias, not after it |
+
+Returns out `[B, R, I, H, D]` contiguous in the dtype of q, and the row maximum and row sum `[B, R, H, I]` in
+float32 (float64 for float64). They are saved apart: at a maximum of -1e9 their log-sum loses log J. A row whose keys
+are all masked behaves as eager does: additive and finite fill give the softmax of what is there, -inf gives NaN.
+
+This file imports torch only; Triton is imported when a kernel is launched.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+from torch import Tensor
+
+from trifast_inductor.errors import DoubleBackwardError, DtypeError
+from trifast_inductor.kernels.triangle_attention import cpu, validation
+
+_TERMS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_bias, Tensor? key_mask, "
+    "float scale, float fill, bool key_term_first"
+)
+
+_library = torch.library.Library("trifast_inductor", "DEF")
+_library.define(
+    f"triangle_attention({_TERMS}) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+_library.define(
+    f"triangle_attention_backward(Tensor grad_out, {_TERMS}, Tensor out, Tensor row_max, Tensor row_sum, "
+    "bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+triangle_attention = torch.ops.trifast_inductor.triangle_attention.default
+triangle_attention_backward = torch.ops.trifast_inductor.triangle_attention_backward.default
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Row maximum and row sum are kept in float32, and in float64 when everything is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _runs_in_torch(q: Tensor) -> bool:
+    """CPU tensors and float64; TRITON_INTERPRET=1 runs the Triton kernels on the CPU instead."""
+    return q.dtype == torch.float64 or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1")
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    validation.check_op(q, k, v, bias, key_bias, key_mask)
+    if _runs_in_torch(q):
+        return cpu.forward(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    from trifast_inductor.kernels.triangle_attention import forward
+
+    return forward.launch(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    saved = (q, k, v, bias, key_bias, key_mask, out, row_max, row_sum)
+    if _runs_in_torch(q):
+        return cpu.backward(grad_out, *saved, scale, fill, key_term_first, needs_dbias)
+    from trifast_inductor.kernels.triangle_attention import backward
+
+    return backward.launch(grad_out, *saved, scale, fill, key_term_first, needs_dbias)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    validation.check_op(q, k, v, bias, key_bias, key_mask)
+    b, r, i, h, d = q.shape
+    statistics = statistics_dtype(q.dtype)
+    return (
+        q.new_empty((b, r, i, h, d)),
+        q.new_empty((b, r, h, i), dtype=statistics),
+        q.new_empty((b, r, h, i), dtype=statistics),
+    )
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_dbias = bias is not None and needs_dbias
+    dbias = bias.new_empty(bias.shape) if bias is not None and has_dbias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first = inputs
+    out, row_max, row_sum = output
+    if key_bias is not None and ctx.needs_input_grad[4]:
+        raise DtypeError(
+            "key_bias must not require a gradient, got one that does: use key_bias.detach(), "
+            "or pass a term that is learned as part of the pair bias"
+        )
+    ctx.save_for_backward(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum)
+    ctx.scale, ctx.fill, ctx.key_term_first = scale, fill, key_term_first
+    ctx.mark_non_differentiable(row_max, row_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    q, k, v, bias, key_bias, key_mask, out, row_max, row_sum = ctx.saved_tensors
+    needs_dbias = bias is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = triangle_attention_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        bias,
+        key_bias,
+        key_mask,
+        ctx.scale,
+        ctx.fill,
+        ctx.key_term_first,
+        out,
+        row_max,
+        row_sum,
+        needs_dbias,
+    )
+    return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None
+
+
+def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
+    raise DoubleBackwardError(
+        "triangle_attention is differentiable once: for a gradient of a gradient, compile that part "
+        "of the model with backend='inductor', or call trifast_inductor.unregister() first"
+    )
+
+
+def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    b, r, i, h, d = q_shape
+    return 4 * b * r * h * i * k_shape[2] * d
+
+
+def _backward_flops(
+    grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    # Five products, the least a backward that recomputes the probabilities can do; two make the forward.
+    return _forward_flops(q_shape, k_shape) * 5 // 2
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("triangle_attention", _forward, _key)
+    _library.impl("triangle_attention_backward", _backward, _key)
+torch.library.register_fake("trifast_inductor::triangle_attention", _fake_forward, lib=_library)
+torch.library.register_fake("trifast_inductor::triangle_attention_backward", _fake_backward, lib=_library)
+torch.library.register_autograd(
+    "trifast_inductor::triangle_attention", _differentiate, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd(
+    "trifast_inductor::triangle_attention_backward", _refuse_double_backward, lib=_library
+)
+torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention)(_forward_flops)
+torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention_backward)(
+    _backward_flops
+)

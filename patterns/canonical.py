@@ -1,0 +1,329 @@
+"""A graph re-read as ATen: what every node computes, said in one small dialect.
+
+Torch spells one thing in many ways (method, function, operator, in-place, einsum, einops). Re-running the graph's
+nodes on fake tensors under a dispatch mode turns all of them, opaque Python calls included, into a few dozen ATen
+overloads: einsum and matmul become `bmm` between views, autocast becomes explicit casts, dropout that is off
+vanishes. The reading is thrown away after matching; the user's graph is what gets edited.
+
+A `Value` is one version of one tensor: an in-place write makes a new Value for the tensor written and a new,
+unexplained one for every other view of its storage, so a stale alias can never be mistaken for what it once held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+log = logging.getLogger(__name__)
+
+Size = int | torch.SymInt
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """One version of one tensor. `nodes` are the user's nodes that returned exactly this version."""
+
+    tensor: torch.Tensor
+    op: Op | None
+    time: int
+    nodes: list[fx.Node] = dataclasses.field(default_factory=list)
+    readers: list[Op] = dataclasses.field(default_factory=list)
+    escapes: bool = False
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def storage(self) -> int:
+        return storage_of(self.tensor)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted: as the user's graph says, else if any input of the op wants one."""
+        for node in self.nodes:
+            example = example_of(node)
+            if isinstance(example, torch.Tensor):
+                return example.requires_grad
+        return self.op is not None and any(value.requires_grad for value in self.op.inputs)
+
+
+@dataclasses.dataclass(eq=False)
+class Op:
+    """One ATen call: `args` and `kwargs` hold Values where the call had tensors."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Value]
+    time: int
+    is_live: bool = False
+
+    @property
+    def inputs(self) -> list[Value]:
+        leaves = pytree.tree_leaves((self.args, self.kwargs), is_leaf=lambda x: isinstance(x, Value))
+        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Something may have changed the storage at this time."""
+
+    storage: int
+    time: int
+
+
+def example_of(node: fx.Node) -> Any:
+    """What the tracer recorded for a node: Dynamo writes `example_value`, export writes `val`."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down every ATen call made under it, on Values instead of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.writes: list[Write] = []
+        self.time = 0
+        self.input_storages: set[int] = set()
+        self._current: dict[int, Value] = {}
+        self._by_storage: dict[int, list[torch.Tensor]] = {}
+
+    def value_of(self, tensor: torch.Tensor) -> Value:
+        """The current version of a tensor; one never seen is an input."""
+        value = self._current.get(id(tensor))
+        return value if value is not None else self.add_input(tensor)
+
+    def add_input(self, tensor: torch.Tensor) -> Value:
+        self.input_storages.add(storage_of(tensor))
+        return self._bind(tensor, None)
+
+    def _bind(self, tensor: torch.Tensor, op: Op | None) -> Value:
+        if id(tensor) not in self._current:
+            self._by_storage.setdefault(storage_of(tensor), []).append(tensor)
+        value = Value(tensor, op, self.time)
+        self._current[id(tensor)] = value
+        return value
+
+    def note_write(self, tensor: torch.Tensor, op: Op | None) -> None:
+        """Every other alias of what was written holds something new from here on."""
+        storage = storage_of(tensor)
+        self.writes.append(Write(storage, self.time))
+        for alias in self._by_storage.get(storage, []):
+            if alias is not tensor:
+                stale = self._current[id(alias)]
+                inputs = (stale, self._current[id(tensor)])
+                reread = Op("reread after a write", inputs, {}, [], self.time)
+                reread.outputs.append(self._bind(alias, reread))
+                self.ops.append(reread)
+                for value in inputs:
+                    value.readers.append(reread)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # questions about a tensor, such as its device
+            return func(*args, **kwargs)
+        with self:
+            decomposed = func.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:
+            return decomposed
+        result = func(*args, **kwargs)
+        self.time += 1
+
+        def as_value(x: Any) -> Any:
+            return self.value_of(x) if isinstance(x, torch.Tensor) else x
+
+        op = Op(func, *pytree.tree_map(as_value, (tuple(args), dict(kwargs))), [], self.time)
+        for value in op.inputs:
+            value.readers.append(op)
+        for out in pytree.tree_leaves(result):
+            if isinstance(out, torch.Tensor):
+                op.outputs.append(self._bind(out, op))
+        self.ops.append(op)
+        for argument, written in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(written, torch.Tensor):
+                self.note_write(written, op)
+        return result
+
+
+@dataclasses.dataclass
+class Reading:
+    """The whole graph, read. `outputs_of[node]` is the Value a user's node returned."""
+
+    ops: list[Op]
+    writes: list[Write]
+    outputs_of: dict[fx.Node, Value]
+    unread: list[fx.Node]
+
+    def written_between(self, value: Value, start: int, end: int) -> bool:
+        """Whether the storage of a value may have changed after `start` and up to `end`."""
+        return any(w.storage == value.storage and start < w.time <= end for w in self.writes)
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        for leaf in pytree.tree_leaves(example_of(node)):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
+    return None
+
+
+# Nodes that only switch a global state which the reading holds still: gradients are off throughout.
+_SKIPPED_STATE = {"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode", "inference_mode"}
+
+
+def read(graph: fx.Graph) -> Reading | None:
+    """Re-run the nodes of a graph on their own fake tensors; None when it holds no tensors to run on."""
+    fake_mode = fake_mode_of(graph)
+    if fake_mode is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        if fake_mode.shape_env is not None:
+            stack.enter_context(fake_mode.shape_env.suppress_guards())
+            stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(fake_mode)
+        recorder = stack.enter_context(Recorder())
+        return _Rerun(graph, fake_mode, recorder).run()
+
+
+class _Rerun:
+    def __init__(self, graph: fx.Graph, fake_mode: FakeTensorMode, recorder: Recorder) -> None:
+        self.graph = graph
+        self.fake_mode = fake_mode
+        self.recorder = recorder
+        self.env: dict[fx.Node, Any] = {}
+        self.unread: list[fx.Node] = []
+        self.roots: list[Value] = []
+
+    def run(self) -> Reading:
+        outputs_of: dict[fx.Node, Value] = {}
+        with _autocast_left_as_found() as regions:
+            for node in self.graph.nodes:
+                if node.op == "output":
+                    self._escape(node)
+                    continue
+                result = self.env[node] = self._evaluate(node, regions)
+                if isinstance(result, torch.Tensor):
+                    value = self.recorder.value_of(result)
+                    value.nodes.append(node)
+                    outputs_of[node] = value
+        self._mark_live()
+        return Reading(self.recorder.ops, self.recorder.writes, outputs_of, self.unread)
+
+    def _evaluate(self, node: fx.Node, regions: list[Any]) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            return self._input(node)
+        name = getattr(node.target, "__name__", str(node.target))
+        if name in _SKIPPED_STATE:
+            return None
+        if name in ("_enter_autocast", "_exit_autocast"):
+            return self._switch_autocast(node, name, regions)
+        if not self._can_rerun(node):
+            return self._unread(node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)
+        except Exception as error:
+            log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
+            return self._unread(node)
+
+    @staticmethod
+    def _can_rerun(node: fx.Node) -> bool:
+        """Tensor functions only: a call without a recorded result may have effects outside the graph."""
+        if node.op not in ("call_function", "call_method"):
+            return False
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return False
+        return example_of(node) is not None or getattr(node.target, "__module__", "") == "_operator"
+
+    def _input(self, node: fx.Node) -> Any:
+        example = example_of(node)
+        if example is None and node.op == "get_attr":
+            example = self.graph.owning_module
+            for part in str(node.target).split("."):
+                example = getattr(example, part)
+        return pytree.tree_map(self._as_input, example)
+
+    def _as_input(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        with torch.utils._python_dispatch._disable_current_modes():
+            fake = leaf if isinstance(leaf, FakeTensor) else self.fake_mode.from_tensor(leaf, static_shapes=True)
+            fake = fake.detach()
+        self.recorder.add_input(fake)
+        return fake
+
+    def _unread(self, node: fx.Node) -> Any:
+        """Take a node's recorded result as an input; whatever it was given may be kept or written."""
+        self.unread.append(node)
+        self.recorder.time += 1
+        self._escape(node)
+        for argument in node.all_input_nodes:
+            for leaf in pytree.tree_leaves(self.env.get(argument)):
+                if isinstance(leaf, torch.Tensor):
+                    self.recorder.writes.append(Write(storage_of(leaf), self.recorder.time))
+        return self._input(node)
+
+    def _escape(self, node: fx.Node) -> None:
+        for argument in node.all_input_nodes:
+            for leaf in pytree.tree_leaves(self.env.get(argument)):
+                if isinstance(leaf, torch.Tensor):
+                    value = self.recorder.value_of(leaf)
+                    value.escapes = True
+                    self.roots.append(value)
+
+    def _switch_autocast(self, node: fx.Node, name: str, regions: list[Any]) -> Any:
+        if name == "_enter_autocast":
+            regions.append(torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs))
+            return regions[-1]
+        region = self.env[node.args[0]]
+        regions.remove(region)
+        torch.amp.autocast_mode._exit_autocast(region)
+        return None
+
+    def _mark_live(self) -> None:
+        """An op lives if something outside the graph can see its effect."""
+        stack = [value.op for value in self.roots]
+        for op in self.recorder.ops:
+            if isinstance(op.target, torch._ops.OpOverload) and any(
+                argument.is_write and isinstance(arg, Value) and arg.storage in self.recorder.input_storages
+                for argument, arg in zip(op.target._schema.arguments, op.args, strict=False)
+            ):
+                stack.append(op)
+        while stack:
+            op = stack.pop()
+            if op is not None and not op.is_live:
+                op.is_live = True
+                stack.extend(value.op for value in op.inputs)
+
+
+@contextlib.contextmanager
+def _autocast_left_as_found() -> Iterator[list[Any]]:
+    """Regions that the graph enters and, being one piece of a larger program, never leaves are left for it."""
+    regions: list[Any] = []
+    try:
+        yield regions
+    finally:
+        while regions:
+            torch.amp.autocast_mode._exit_autocast(regions.pop())

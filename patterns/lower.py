@@ -1,0 +1,230 @@
+"""A `Site` written into the user's graph: views, one op call, views back.
+
+The old chain is left where it is: nothing reads it any more, and AOTAutograd removes it together with its in-place
+writes, which erasing by hand cannot do safely while an alias may be read later.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from trifast_inductor.kernels.triangle_attention import op as triangle_attention_op
+from trifast_inductor.patterns import axes
+from trifast_inductor.patterns.axes import Extent, Label, Labels, aten, flat
+from trifast_inductor.patterns.canonical import Op, Reading, Value, example_of
+from trifast_inductor.patterns.site import Declined, Operand, Reason, Site, Term
+
+
+class Lowering:
+    """The nodes written for one site; `undo` takes them out again."""
+
+    def __init__(self, site: Site, graph: fx.Graph, reading: Reading, fake_mode: FakeTensorMode) -> None:
+        self.site = site
+        self.graph = graph
+        self.reading = reading
+        self.fake_mode = fake_mode
+        self.replaced = site.out.value.nodes[0]
+        self.written: list[fx.Node] = []
+        self.result: fx.Node | None = None
+
+    def apply(self) -> None:
+        """Write the nodes and hand them to every reader of the old result; all or nothing."""
+        try:
+            with self.graph.inserting_before(self.replaced):
+                self.result = self._write()
+        except Exception:
+            self.undo()
+            raise
+        self.replaced.replace_all_uses_with(self.result, propagate_meta=False)
+
+    def undo(self) -> None:
+        if self.result is not None:
+            self.result.replace_all_uses_with(self.replaced)
+        for node in reversed(self.written):
+            self.graph.erase_node(node)
+        self.written.clear()
+
+    def restore_strides(self) -> None:
+        """Copy the result into the memory order that eager gives it, for readers that depend on it."""
+        result = self.result
+        assert result is not None
+        eager = self.site.out.value.tensor
+        order = sorted(range(eager.dim()), key=lambda dim: eager.stride(dim), reverse=True)
+        readers = list(result.users)
+        with self.graph.inserting_before(self.replaced):
+            copy = self._call(aten.permute.default, result, order)
+            copy = self._call(aten.clone.default, copy, memory_format=torch.contiguous_format)
+            copy = self._call(aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
+        for reader in readers:
+            reader.replace_input_with(result, copy)
+        self.result = copy
+
+    def _write(self) -> fx.Node:
+        site, roles = self.site, self.site.roles
+        q = self._arranged(site.q, (roles.b, roles.r, roles.i, roles.h, roles.c), site.dtype)
+        for tensor, divides in site.scale.tensors:
+            number = self._call(aten.reshape.default, self._node_of(tensor, site.ends_at), [])
+            q = self._call(aten.div.Tensor if divides else aten.mul.Tensor, q, number)
+        if example_of(q).dtype != site.dtype:
+            q = self._call(aten.to.dtype, q, site.dtype)
+        k = self._arranged(site.k, (roles.b, roles.r, roles.j, roles.h, roles.c), site.dtype)
+        v = self._arranged(site.v, (roles.b, roles.r, roles.j, roles.h, roles.d), site.dtype)
+        bias = self._sum(site.biases, (roles.b, roles.h, roles.i, roles.j))
+        key_bias = self._sum(site.key_terms, (roles.b, roles.r, roles.j))
+        key_mask = None
+        if site.select is not None:
+            key_mask = self._arranged(site.select.mask, (roles.b, roles.r, roles.j))
+            if site.select.keeps:
+                key_mask = self._call(aten.logical_not.default, key_mask)
+        fill = site.select.fill if site.select is not None else 0.0
+        attention = self._call(
+            triangle_attention_op.triangle_attention,
+            *(q, k, v, bias, key_bias, key_mask),
+            *(site.scale.number, fill, site.key_term_first),
+        )
+        out = self._call(operator.getitem, attention, 0)
+        return self._back(out)
+
+    def _sum(self, terms: Sequence[Term], groups: tuple[Label, ...]) -> fx.Node | None:
+        total: fx.Node | None = None
+        for term in terms:
+            node = self._arranged(term.operand, groups)
+            if term.factor.number != 1.0:
+                node = self._call(aten.mul.Tensor, node, term.factor.number)
+            total = node if total is None else self._call(aten.add.Tensor, total, node)
+        return total
+
+    def _arranged(self, operand: Operand, groups: tuple[Label, ...], dtype: torch.dtype | None = None) -> fx.Node:
+        """The operand with one axis for each group of atoms, broadcast over those it lacks."""
+        node = self._node_of(operand.value, self.site.ends_at)
+        for cast in (*operand.casts, *([dtype] if dtype is not None else [])):
+            if example_of(node).dtype != cast:
+                node = self._call(aten.to.dtype, node, cast)
+        node, atoms = self._one_axis_per_atom(node, operand.labels)
+        wanted = flat(*groups)
+        present = [atom for atom in wanted if atom in atoms]
+        if len(present) != len(atoms):
+            raise Declined(Reason.UNDECIDED_SIZES, "an axis has no role")
+        node = self._permuted(node, [atoms.index(atom) for atom in present])
+        missing = [position for position, atom in enumerate(wanted) if atom not in atoms]
+        for position in missing:
+            node = self._call(aten.unsqueeze.default, node, position)
+        if missing:
+            sizes = [self._size(atom.size) if atom not in atoms else -1 for atom in wanted]
+            node = self._call(aten.expand.default, node, sizes)
+        return self._grouped(node, groups)
+
+    def _back(self, out: fx.Node) -> fx.Node:
+        """From [B, R, I, H, D] to the axes of the result that is replaced."""
+        roles = self.site.roles
+        groups = tuple(flat(label) for label in (roles.b, roles.r, roles.i, roles.h, roles.d))
+        node, atoms = self._one_axis_per_atom(out, groups)
+        wanted = flat(*self.site.out.labels)
+        if set(wanted) != set(atoms):
+            raise Declined(Reason.UNDECIDED_SIZES, "the result has other axes than the logits")
+        node = self._permuted(node, [atoms.index(atom) for atom in wanted])
+        node = self._grouped(node, self.site.out.labels)
+        dtype = self.site.out.value.dtype
+        return node if example_of(node).dtype == dtype else self._call(aten.to.dtype, node, dtype)
+
+    # Layout: every step is a view wherever memory allows it
+
+    def _one_axis_per_atom(self, node: fx.Node, labels: Labels) -> tuple[fx.Node, list[axes.Atom]]:
+        labels = tuple(flat(label) for label in labels)
+        atoms = list(flat(*labels))
+        if any(len(label) > 1 for label in labels):
+            node = self._call(aten.view.default, node, [self._size(atom.size) for atom in atoms])
+        elif any(len(label) == 0 for label in labels):
+            ones = [dim for dim, label in enumerate(labels) if not label]
+            node = self._call(aten.squeeze.dims, node, ones)
+        return node, atoms
+
+    def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return node if order == sorted(order) else self._call(aten.permute.default, node, order)
+
+    def _grouped(self, node: fx.Node, groups: Sequence[Label]) -> fx.Node:
+        groups = [flat(group) for group in groups]
+        if any(len(group) > 1 for group in groups):
+            return self._call(aten.reshape.default, node, [self._extent_of(group) for group in groups])
+        for position, group in enumerate(groups):
+            if not group:
+                node = self._call(aten.unsqueeze.default, node, position)
+        return node
+
+    def _extent_of(self, group: Label) -> Any:
+        size: Any = 1
+        for atom in group:
+            factor = self._size(atom.size)
+            if isinstance(size, int) and (size == 1 or isinstance(factor, int)):
+                size = factor if size == 1 else size * factor
+            else:
+                size = self._call(operator.mul, size, factor)
+        return size
+
+    def _size(self, size: Extent) -> int | fx.Node:
+        """A size as a number, or as the node that gives it."""
+        if isinstance(size, int):
+            return size
+        for node in self.graph.nodes:
+            if node is self.replaced:
+                break
+            example = example_of(node)
+            if isinstance(example, torch.SymInt) and axes.extent(example) == size:
+                return node
+            if isinstance(example, torch.Tensor):
+                for dim, extent in enumerate(example.shape):
+                    if axes.extent(extent) == size:
+                        return self._call(aten.sym_size.int, node, dim)
+        raise Declined(Reason.UNDECIDED_SIZES, f"no tensor has the size {size}")
+
+    # Nodes
+
+    def _node_of(self, value: Value, until: int) -> fx.Node:
+        """The user's node that holds a value, or, for a value inside an opaque call, the ATen ops that make it."""
+        if value.nodes:
+            return value.nodes[0]
+        op = value.op
+        if op is None or not isinstance(op.target, torch._ops.OpOverload) or _has_effects(op):
+            raise Declined(Reason.UNREADABLE, "an input is made inside an opaque call")
+        for source in op.inputs:
+            if self.reading.written_between(source, op.time, until):
+                raise Declined(Reason.INPUT_OVERWRITTEN)
+
+        def argument(x: Any) -> Any:
+            if isinstance(x, Value):
+                return self._node_of(x, until)
+            return self._size(axes.extent(x)) if isinstance(x, torch.SymInt) else x
+
+        args, kwargs = pytree.tree_map(argument, (op.args, op.kwargs), is_leaf=lambda x: isinstance(x, Value))
+        node = self._call(op.target, *args, **kwargs)
+        if len(op.outputs) > 1:
+            node = self._call(operator.getitem, node, op.outputs.index(value))
+        return node
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node with everything that later passes and caches expect of one."""
+        node = self.graph.call_function(target, args, kwargs)
+        self.written.append(node)
+        example_args, example_kwargs = fx.node.map_arg((args, kwargs), example_of)
+        with self.fake_mode:
+            example = target(*example_args, **example_kwargs)
+        for key in ("example_value", "val"):
+            if key in self.replaced.meta:
+                node.meta[key] = example
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.replaced.meta:
+                node.meta[key] = self.replaced.meta[key]
+        return node
+
+
+def _has_effects(op: Op) -> bool:
+    return any(argument.is_write for argument in op.target._schema.arguments) or (
+        torch.Tag.nondeterministic_seeded in op.target.tags
+    )

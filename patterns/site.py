@@ -1,0 +1,224 @@
+"""What was found at a softmax: a `Site` that can be replaced, or a `Refusal` with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+
+from trifast_inductor.patterns.axes import Atom, Label, Labels, flat
+from trifast_inductor.patterns.canonical import Value
+
+
+class Reason(enum.Enum):
+    """Why a softmax is left alone: a slug for counters, a sentence, and the way out."""
+
+    NO_PRODUCT = ("no-product", "the softmax does not read a product of queries and keys", "nothing to do")
+    NOT_CONTRACTED = (
+        "not-contracted",
+        "the probabilities are not contracted with values over the softmax axis",
+        "nothing to do unless this is meant to be attention",
+    )
+    SOFTMAX_AXIS = (
+        "softmax-axis",
+        "the softmax runs over an axis that is not the key axis of the product",
+        "nothing to do unless this is meant to be attention",
+    )
+    PLAIN_ATTENTION = (
+        "plain-attention",
+        "there is neither a pair bias nor a key mask, so inductor's own attention serves it",
+        "nothing to do",
+    )
+    UNKNOWN_OP = (
+        "unknown-op",
+        "something other than scale, bias, mask, cast or layout happens between product and softmax",
+        "move it out of the attention, or keep eager attention here",
+    )
+    UNKNOWN_OP_AFTER = (
+        "unknown-op-after",
+        "something other than cast or layout happens between softmax and the product with the values",
+        "move it out of the attention, or keep eager attention here",
+    )
+    DROPOUT = ("dropout", "dropout is on", "call model.eval() or set p=0")
+    LOGITS_USED = (
+        "logits-used",
+        "the logits are also used elsewhere, so they have to exist",
+        "do not return, store or reuse the attention logits",
+    )
+    PROBABILITIES_USED = (
+        "probabilities-used",
+        "the probabilities are also used elsewhere, so they have to exist",
+        "do not return, store or reuse the attention weights",
+    )
+    FULL_TERM = (
+        "full-term",
+        "an addend varies over rows, queries and keys together, so it is as large as the logits",
+        "add the mask and the pair bias separately",
+    )
+    TERM_NEEDS_GRADIENT = (
+        "term-needs-gradient",
+        "an addend that varies over rows and keys needs a gradient, and is no pair bias",
+        "detach it, or make it vary over queries and keys only",
+    )
+    QUERY_TERM = (
+        "query-term",
+        "an addend or mask depends on the row and the query",
+        "mask the keys; masked queries can be zeroed after the attention",
+    )
+    PAIR_SELECT = (
+        "pair-select",
+        "a boolean mask depends on query and key together",
+        "add a float mask to the pair bias instead",
+    )
+    SEVERAL_KEY_TERMS = (
+        "several-key-terms",
+        "masks are applied in several ways at once",
+        "combine the masks into one before the attention",
+    )
+    FILL_NOT_CONSTANT = (
+        "fill-not-constant",
+        "masked logits are replaced by a value that is not a known constant",
+        "use a Python number as the fill value",
+    )
+    INPUT_OVERWRITTEN = (
+        "input-overwritten",
+        "an input of the attention is written in place before the attention ends",
+        "write out of place, or after the attention",
+    )
+    HEAD_SIZE = (
+        "head-size",
+        "the head size is not between 1 and 128, or differs between queries and values",
+        "choose a head size that the kernels take",
+    )
+    DTYPE = ("dtype", "the dtype is not float32, bfloat16, float16 or float64", "cast the model")
+    DEVICE = ("device", "no kernel exists for this device", "run on CUDA or on the CPU")
+    NO_TRITON = ("no-triton", "Triton cannot be imported", "install triton")
+    UNDECIDED_SIZES = (
+        "undecided-sizes",
+        "symbolic sizes cannot be proved to fit together",
+        "mark the sizes static or equal, or compile with dynamic=False",
+    )
+    UNREADABLE = (
+        "unreadable",
+        "the graph could not be re-read as ATen",
+        "report the model; it runs as plain inductor",
+    )
+
+    def __init__(self, slug: str, sentence: str, way_out: str) -> None:
+        self.slug = slug
+        self.sentence = sentence
+        self.way_out = way_out
+
+
+# A softmax refused for one of these is simply no attention of ours: not counted, not an error under `strict`.
+NOT_OURS = frozenset({Reason.NO_PRODUCT, Reason.NOT_CONTRACTED, Reason.SOFTMAX_AXIS, Reason.PLAIN_ATTENTION})
+
+
+class Declined(Exception):
+    """Raised while a site is being read; becomes a `Refusal`."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(reason.sentence)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A softmax that is left alone."""
+
+    softmax: Value
+    reason: Reason
+    detail: str = ""
+
+    @property
+    def looks_like_attention(self) -> bool:
+        return self.reason not in NOT_OURS
+
+    def __str__(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.reason.sentence}{detail}: {self.reason.way_out}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of the user's graph with its axes labelled, to be cast to `casts` one after the other."""
+
+    value: Value
+    labels: Labels
+    casts: tuple[torch.dtype, ...] = ()
+    read_at: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.casts[-1] if self.casts else self.value.dtype
+
+    @property
+    def atoms(self) -> frozenset[Atom]:
+        return frozenset(flat(*self.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A product of numbers and of tensors that hold one number; `(value, True)` divides."""
+
+    number: float = 1.0
+    tensors: tuple[tuple[Value, bool], ...] = ()
+
+    def times(self, other: Factor) -> Factor:
+        return Factor(self.number * other.number, self.tensors + other.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """An addend of the logits: `factor · operand`. `depth` counts steps from the softmax up."""
+
+    operand: Operand
+    factor: Factor
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Select:
+    """A fill where `mask` is True (or False, when `keeps`)."""
+
+    mask: Operand
+    keeps: bool
+    fill: float
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which atoms play which part. 
+
+    b: bias and mask vary; r: rows, which share the bias; h: only the bias varies; c: contracted in q·k; d: of v.
+    """
+
+    b: Label
+    r: Label
+    h: Label
+    i: Label
+    j: Label
+    c: Label
+    d: Label
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One triangle attention: out = softmax(scale·q·k + biases ⊕ key term) · v."""
+
+    softmax: Value
+    q: Operand
+    k: Operand
+    v: Operand
+    out: Operand
+    biases: tuple[Term, ...]
+    key_terms: tuple[Term, ...]
+    select: Select | None
+    scale: Factor
+    key_term_first: bool
+    roles: Roles
+    dtype: torch.dtype
+    ends_at: int

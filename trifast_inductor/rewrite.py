@@ -1,0 +1,158 @@
+"""The pass object: runs the patterns over one graph, counts, logs, and gives compile caches its uuid."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._logging import trace_structured
+
+from trifast_inductor.errors import DeclinedError
+from trifast_inductor.patterns import attention, axes, canonical
+from trifast_inductor.patterns.lower import Lowering
+from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
+from trifast_inductor.report import Row, row_of
+
+log = logging.getLogger(__name__)
+GraphPass = Callable[[fx.Graph], None]
+
+
+@functools.cache
+def sources_hash() -> bytes:
+    """Every source file of the package: what a compiled artifact was rewritten with."""
+    package = Path(__file__).parent
+    return get_hash_for_files(tuple(sorted(str(path) for path in package.rglob("*.py"))))
+
+
+class TriangleAttentionPass(CustomGraphPass):
+    """Replace every triangle attention of a pre-grad graph by the fused op.
+
+    `before` is a pass that was there already and keeps running, first. On torch 2.11 the instance is pickled into the
+    cache key, so everything that changes the result is an attribute.
+    """
+
+    def __init__(self, *, strict: bool = False, before: GraphPass | None = None) -> None:
+        self.strict = strict
+        self.before = before
+        self.sources = sources_hash().hex()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        rewrite(graph, strict=self.strict)
+
+    def uuid(self) -> Any | None:
+        if self.before is None:
+            return (self.sources, self.strict)
+        uuid = getattr(self.before, "uuid", lambda: None)()
+        return None if uuid is None else (uuid, self.sources, self.strict)
+
+
+def rewrite(graph: fx.Graph, *, strict: bool = False) -> list[Row]:
+    """Rewrite a graph in place and say what was done; never fails, unless `strict` and something was declined."""
+    if not _mentions_softmax(graph):
+        return []
+    try:
+        found = _rewrite(graph)
+    except Exception:
+        log.warning("the graph could not be read; it is compiled as it is", exc_info=True)
+        counters["trifast"]["declined"] += 1
+        counters["trifast"][f"declined: {Reason.UNREADABLE.slug}"] += 1
+        if strict:
+            raise
+        return []
+    rows = [row_of(entry) for entry in found]
+    _count(rows)
+    _log(rows)
+    declined = [row for row in rows if not row.rewritten and row.looks_like_attention]
+    if strict and declined:
+        raise DeclinedError("\n".join(f"{row.location}: {row.message}" for row in declined))
+    return rows
+
+
+# Opaque calls, einops' and einx's among them, may hold a softmax of their own; torch's functions show theirs.
+_TRANSPARENT_MODULES = ("torch", "_operator", "builtins", "math")
+
+
+def _mentions_softmax(graph: fx.Graph) -> bool:
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            if "softmax" in str(getattr(node.target, "__name__", node.target)):
+                return True
+            module = getattr(node.target, "__module__", None) or "torch"
+            if node.op == "call_function" and module.partition(".")[0] not in _TRANSPARENT_MODULES:
+                return True
+    return False
+
+
+def _rewrite(graph: fx.Graph) -> list[Site | Refusal]:
+    fake_mode = canonical.fake_mode_of(graph)
+    before = canonical.read(graph)
+    if before is None or fake_mode is None:
+        return []
+    found = attention.find(before)
+    lowered: dict[int, Lowering] = {}
+    for index, site in enumerate(found):
+        if isinstance(site, Site):
+            lowering = Lowering(site, graph, before, fake_mode)
+            try:
+                lowering.apply()
+            except Declined as declined:
+                found[index] = Refusal(site.softmax, declined.reason, declined.detail)
+            else:
+                lowered[index] = lowering
+    if lowered and not _reads_as_before(graph, before):
+        for lowering in lowered.values():
+            lowering.restore_strides()
+        if not _reads_as_before(graph, before):
+            for index, lowering in lowered.items():
+                lowering.undo()
+                site = found[index]
+                found[index] = Refusal(site.softmax, Reason.UNREADABLE, "the rewritten graph does not run")
+    return found
+
+
+def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
+    """The graph still runs, and whatever leaves it has the strides that it had in eager."""
+    after = canonical.read(graph)
+    if after is None or set(after.unread) != set(before.unread):
+        return False
+    return all(
+        axes.same_size(was, now)
+        for node, value in before.outputs_of.items()
+        if value.escapes and node in after.outputs_of
+        for was, now in zip(value.tensor.stride(), after.outputs_of[node].tensor.stride(), strict=True)
+    )
+
+
+def _count(rows: list[Row]) -> None:
+    for row in rows:
+        if row.rewritten:
+            counters["trifast"]["rewritten"] += 1
+        elif row.looks_like_attention:
+            counters["trifast"]["declined"] += 1
+            counters["trifast"][f"declined: {row.reason}"] += 1
+
+
+def _log(rows: list[Row]) -> None:
+    if not rows:
+        return
+    rewritten = sum(row.rewritten for row in rows)
+    declined = sum(row.looks_like_attention and not row.rewritten for row in rows)
+    log.info("triangle_attention: %d rewritten, %d declined of %d softmax", rewritten, declined, len(rows))
+    for row in rows:
+        if not row.rewritten:
+            log.debug("triangle_attention: %s: %s", row.location, row)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "trifast_sites", "encoding": "json"},
+        payload_fn=lambda: json.dumps([{"location": row.location, "what": str(row)} for row in rows]),
+    )
