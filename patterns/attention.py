@@ -71,6 +71,8 @@ class _Reader:
         self.keys: Label = self.labels[softmax.args[1]]
 
     def site(self) -> Site:
+        if len(self.logits.shape) >= 4 and _is_input(self.logits):
+            raise Declined(Reason.GRAPH_BREAK)
         if not self.keys:
             raise Declined(Reason.SOFTMAX_AXIS, "the axis has size 1")
         above = self._up(self.logits, self.labels, Factor(), 0)
@@ -216,7 +218,7 @@ class _Reader:
             return _Above(left, right, flat(*batch), m, contracted, factor, added)
         if flat(m) == flat(self.keys):
             return _Above(right, left, flat(*batch), n, contracted, factor, added)
-        raise Declined(Reason.SOFTMAX_AXIS)
+        raise Declined(Reason.SOFTMAX_AXIS if _multiplies_activations(op) else Reason.NO_PRODUCT)
 
     # Down: from the probabilities to the product with the values
 
@@ -225,6 +227,8 @@ class _Reader:
         value, labels = self.softmax.outputs[0], self.labels
         for _ in range(_MAX_STEPS):
             readers = _live_readers(value)
+            if any(_is_dropout(op) for op in readers):
+                raise Declined(Reason.DROPOUT)
             if value.escapes or len(readers) != 1:
                 raise Declined(Reason.PROBABILITIES_USED if readers else Reason.NOT_CONTRACTED)
             op = readers[0]
@@ -233,8 +237,6 @@ class _Reader:
                 return self._weighted_sum(op, value, labels)
             pushed = axes.push(op, labels) if op.args and op.args[0] is value else None
             if pushed is None:
-                if _is_dropout(op):
-                    raise Declined(Reason.DROPOUT)
                 if not any(_leads_to_product(out) for out in op.outputs):
                     raise Declined(Reason.NOT_CONTRACTED)
                 raise Declined(Reason.UNKNOWN_OP_AFTER, f"{kind or op.target}".removeprefix("aten."))
@@ -278,6 +280,8 @@ class _Reader:
                 raise Declined(Reason.INPUT_OVERWRITTEN)
         if site.dtype not in _DTYPES:
             raise Declined(Reason.DTYPE, str(site.dtype))
+        if len(site.roles.c) > 1 or len(site.roles.d) > 1:
+            raise Declined(Reason.TIED)
         d, c = _size(site.roles.d), _size(site.roles.c)
         if d is None or d != c or not 1 <= d <= 128:
             raise Declined(Reason.HEAD_SIZE, f"queries {c}, values {d}")
@@ -315,7 +319,7 @@ def _reaches_product(value: Value, steps: int = 16) -> bool:
     if op is None or steps == 0:
         return False
     if packet(op) in _PRODUCTS:
-        return packet(op) not in (aten.mm, aten.addmm) or _has_two_moving_operands(op)
+        return _multiplies_activations(op)
     return any(
         _reaches_product(source, steps - 1)
         for source in op.inputs
@@ -323,25 +327,33 @@ def _reaches_product(value: Value, steps: int = 16) -> bool:
     )
 
 
-def _has_two_moving_operands(op: Op) -> bool:
-    """A Linear multiplies by a parameter, which is an input of the graph seen through views."""
-
-    def is_input(value: Value) -> bool:
-        while value.op is not None:
-            pulled = axes.pull(value, axes.fresh_labels(value))
-            if pulled is None:
-                return False
-            value = pulled[0]
+def _multiplies_activations(op: Op) -> bool:
+    """False for a Linear, one side of which is a parameter: an input of the graph seen through views."""
+    if packet(op) not in (aten.mm, aten.addmm):
         return True
+    return not any(isinstance(arg, Value) and _is_input(arg) for arg in op.args[-2:])
 
-    return not any(is_input(value) for value in op.args[-2:])
+
+def _is_input(value: Value) -> bool:
+    """An input of the graph, perhaps seen through views and casts."""
+    while value.op is not None:
+        pulled = axes.pull(value, axes.fresh_labels(value))
+        if pulled is None:
+            return False
+        value = pulled[0]
+    return True
 
 
 def _leads_to_product(value: Value, steps: int = 8) -> bool:
-    return steps > 0 and any(
-        packet(op) in _PRODUCTS or any(_leads_to_product(out, steps - 1) for out in op.outputs)
-        for op in _live_readers(value)
-    )
+    if steps == 0:
+        return False
+    for op in _live_readers(value):
+        if packet(op) in _PRODUCTS:
+            if _multiplies_activations(op):
+                return True
+        elif any(_leads_to_product(out, steps - 1) for out in op.outputs):
+            return True
+    return False
 
 
 def _is_dropout(op: Op) -> bool:

@@ -15,6 +15,11 @@ class Reason(enum.Enum):
     """Why a softmax is left alone: a slug for counters, a sentence, and the way out."""
 
     NO_PRODUCT = ("no-product", "the softmax does not read a product of queries and keys", "nothing to do")
+    GRAPH_BREAK = (
+        "graph-break",
+        "the softmax reads an input of its graph, so a graph break may have cut the attention apart",
+        "TORCH_LOGS=graph_breaks shows where; for transformers' ESMFold call trifast_inductor.shims.esmfold() first",
+    )
     NOT_CONTRACTED = (
         "not-contracted",
         "the probabilities are not contracted with values over the softmax axis",
@@ -24,6 +29,11 @@ class Reason(enum.Enum):
         "softmax-axis",
         "the softmax runs over an axis that is not the key axis of the product",
         "nothing to do unless this is meant to be attention",
+    )
+    TIED = (
+        "tied",
+        "the product sums over a second axis besides the head's, as attention tied over rows does",
+        "nothing to do",
     )
     PLAIN_ATTENTION = (
         "plain-attention",
@@ -112,7 +122,9 @@ class Reason(enum.Enum):
 
 
 # A softmax refused for one of these is simply no attention of ours: not counted, not an error under `strict`.
-NOT_OURS = frozenset({Reason.NO_PRODUCT, Reason.NOT_CONTRACTED, Reason.SOFTMAX_AXIS, Reason.PLAIN_ATTENTION})
+NOT_OURS = frozenset(
+    {Reason.NO_PRODUCT, Reason.NOT_CONTRACTED, Reason.SOFTMAX_AXIS, Reason.TIED, Reason.PLAIN_ATTENTION}
+)
 
 
 class Declined(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from trifast_inductor.report import Report, Row
-from trifast_inductor.rewrite import rewrite
+from trifast_inductor.rewrite import compile_attempt, rewrite
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -25,17 +25,15 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     The graphs run without code generation, so this takes seconds where compiling takes minutes. It does not depend on
     compile caches, unlike the counters.
     """
-    rows: list[Row] = []
-    graphs = 0
+    rows: dict[Any, list[Row]] = {}  # by compile: an attempt that is started over replaces the one before
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
+        found = rows[compile_attempt()[0]] = []
         for module in gm.modules():
             if isinstance(module, fx.GraphModule):
-                rows.extend(rewrite(module.graph))
+                found.extend(rewrite(module.graph))
                 module.recompile()
         return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
 
     torch.compile(getattr(model, "_orig_mod", model), backend=look)(*args, **kwargs)
-    return Report(tuple(rows), graphs)
+    return Report(tuple(row for found in rows.values() for row in found), len(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import logging
@@ -133,13 +134,33 @@ def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
     )
 
 
+class _Counted:
+    """What the attempt under way has added to the counters: Dynamo may start a frame over, which counts once."""
+
+    attempt: tuple[Any, int] = (None, 0)
+    added: collections.Counter[str] = collections.Counter()
+
+
+def compile_attempt() -> tuple[Any, int]:
+    """The id of Dynamo's compile under way and the number of times it was started over; (None, 0) outside."""
+    context = torch._guards.CompileContext.try_get()
+    return (None, 0) if context is None else (context.compile_id, context.attempt)
+
+
 def _count(rows: list[Row]) -> None:
+    attempt = compile_attempt()
+    if attempt != _Counted.attempt:
+        if attempt[0] == _Counted.attempt[0] and attempt[1] > _Counted.attempt[1]:
+            counters["trifast"].subtract(_Counted.added)
+        _Counted.attempt, _Counted.added = attempt, collections.Counter()
+    added: collections.Counter[str] = collections.Counter()
     for row in rows:
         if row.rewritten:
-            counters["trifast"]["rewritten"] += 1
+            added["rewritten"] += 1
         elif row.looks_like_attention:
-            counters["trifast"]["declined"] += 1
-            counters["trifast"][f"declined: {row.reason}"] += 1
+            added.update(("declined", f"declined: {row.reason}"))
+    counters["trifast"].update(added)
+    _Counted.added.update(added)
 
 
 def _log(rows: list[Row]) -> None:

@@ -21,6 +21,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     load_key_term,
     load_rows,
     logits_tile,
+    offset,
     probabilities,
     store_rows,
 )
@@ -80,30 +81,32 @@ def _triangle_attention_bwd_dq(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
-    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = block * BLOCK_I
+    i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    i_in_range = i < I
+    i_in_range = i < I - first
 
-    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
+    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh + first * stride_qi
     k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
     v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
-    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh
+    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi
     if HAS_BIAS:
-        bias_ptr += b * stride_bias_b + h * stride_bias_h
-        bias_offsets = (i * stride_bias_i)[:, None] + (j.to(tl.int64) * stride_bias_j)[None, :]
+        bias_ptr += b * stride_bias_b + h * stride_bias_h + first * stride_bias_i
+        bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
-    out_offset = ((b * R + r) * I * H + h) * D
-    statistics = ((b * R + r) * H + h) * I + i
+    out_offset = (((b * R + r) * I + first) * H + h) * D
+    statistics = ((b * R + r) * H + h) * I + first + i
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
-    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
-    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
+    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
+    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D, WIDE=False)
     row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + statistics, mask=i_in_range, other=1.0))
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -113,9 +116,9 @@ def _triangle_attention_bwd_dq(
     dq = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
-        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
+        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM, WIDE)
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
@@ -132,7 +135,7 @@ def _triangle_attention_bwd_dq(
             EVEN_J,
         )
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select":
@@ -145,9 +148,9 @@ def _triangle_attention_bwd_dq(
         k_ptr += BLOCK_J * stride_kj
         v_ptr += BLOCK_J * stride_vj
         if HAS_BIAS:
-            bias_ptr += BLOCK_J * stride_bias_j
+            bias_ptr += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
         if KEY_TERM != "none":
-            key_ptr += BLOCK_J * stride_key_j
+            key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
 
     store_rows(dq_ptr + out_offset, dq * scale, i, i_in_range, H * D, D, BLOCK_D)
 
@@ -204,35 +207,37 @@ def _triangle_attention_bwd_dkdv(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     b, r, h, block = program_place(tl.cdiv(J, BLOCK_J), R, H)
-    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    first = block * BLOCK_J
     i = tl.arange(0, BLOCK_I)
-    j_in_range = j < J
+    j = tl.arange(0, BLOCK_J)
+    j_in_range = j < J - first
 
     q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
-    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
-    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
+    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh + first * stride_kj
+    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh + first * stride_vj
     do_ptr += b * stride_dob + r * stride_dor + h * stride_doh
     if HAS_BIAS:
-        bias_ptr += b * stride_bias_b + h * stride_bias_h
-        bias_offsets = (j.to(tl.int64) * stride_bias_j)[:, None] + (i * stride_bias_i)[None, :]
+        bias_ptr += b * stride_bias_b + h * stride_bias_h + first * tl.cast(stride_bias_j, tl.int64)
+        bias_offsets = offset(j, stride_bias_j, WIDE)[:, None] + offset(i, stride_bias_i, WIDE)[None, :]
     if KEY_TERM != "none":
-        key_ptr += b * stride_key_b + r * stride_key_r
+        key_ptr += b * stride_key_b + r * stride_key_r + first * tl.cast(stride_key_j, tl.int64)
     statistics = ((b * R + r) * H + h) * I + i
 
-    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
-    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
-    key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
+    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
+    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
+    key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM, WIDE)
     dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
 
     # Tiles are [j, i] here: p and ds are the left operands of their products as they come, without a transpose.
     for start in range(0, I, BLOCK_I):
         in_range = i < I - start
-        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D)
+        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         bias = 0.0
         if HAS_BIAS:
@@ -246,7 +251,7 @@ def _triangle_attention_bwd_dkdv(
         log2_sum = tl.load(log2_sum_ptr + statistics + start, mask=in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics + start, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
-        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D)
+        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
@@ -259,9 +264,9 @@ def _triangle_attention_bwd_dkdv(
         if HAS_BIAS:
             bias_ptr += BLOCK_I * stride_bias_i
 
-    offset = ((b * R + r) * J * H + h) * D
-    store_rows(dk_ptr + offset, dk * scale, j, j_in_range, H * D, D, BLOCK_D)
-    store_rows(dv_ptr + offset, dv, j, j_in_range, H * D, D, BLOCK_D)
+    out_offset = (((b * R + r) * J + first) * H + h) * D
+    store_rows(dk_ptr + out_offset, dk * scale, j, j_in_range, H * D, D, BLOCK_D)
+    store_rows(dv_ptr + out_offset, dv, j, j_in_range, H * D, D, BLOCK_D)
 
 
 @triton.jit
@@ -315,6 +320,7 @@ def _triangle_attention_bwd_dbias(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -325,29 +331,31 @@ def _triangle_attention_bwd_dbias(
     head = pid // (blocks_i * blocks_j)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    i = pid // blocks_j % blocks_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    j = pid % blocks_j * BLOCK_J + tl.arange(0, BLOCK_J)
-    i_in_range = i < I
-    j_in_range = j < J
+    first_i = pid // blocks_j % blocks_i * BLOCK_I
+    first_j = (pid % blocks_j * BLOCK_J).to(tl.int64)
+    i = tl.arange(0, BLOCK_I)
+    j = tl.arange(0, BLOCK_J)
+    i_in_range = i < I - first_i
+    j_in_range = j < J - first_j
     in_range = i_in_range[:, None] & j_in_range[None, :]
 
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    do_ptr += b * stride_dob + h * stride_doh
-    bias_ptr += b * stride_bias_b + h * stride_bias_h
-    bias_offsets = (i * stride_bias_i)[:, None] + (j.to(tl.int64) * stride_bias_j)[None, :]
+    q_ptr += b * stride_qb + h * stride_qh + first_i * stride_qi
+    k_ptr += b * stride_kb + h * stride_kh + first_j * stride_kj
+    v_ptr += b * stride_vb + h * stride_vh + first_j * stride_vj
+    do_ptr += b * stride_dob + h * stride_doh + first_i * stride_doi
+    bias_ptr += b * stride_bias_b + h * stride_bias_h + first_i * stride_bias_i + first_j * stride_bias_j
+    bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
     bias = tl.load(bias_ptr + bias_offsets, mask=in_range, other=0.0)
     if KEY_TERM != "none":
-        key_ptr += b * stride_key_b
-    statistics = (b * R * H + h) * I + i
+        key_ptr += b * stride_key_b + first_j * stride_key_j
+    statistics = (b * R * H + h) * I + first_i + i
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for _ in range(0, R):
-        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
-        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
+        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
+        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
         qk = dot(q, tl.trans(k), None, PRECISION)
-        key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
+        key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM, WIDE)
         # Keys past the end are not stored: no need to make them -inf.
         x = logits_tile(
             qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True
@@ -356,8 +364,8 @@ def _triangle_attention_bwd_dbias(
         log2_sum = tl.load(log2_sum_ptr + statistics, mask=i_in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=i_in_range, other=0.0)
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
-        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
+        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
+        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
@@ -373,7 +381,7 @@ def _triangle_attention_bwd_dbias(
             key_ptr += stride_key_r
 
     tl.store(
-        dbias_ptr + head.to(tl.int64) * I * J + (i.to(tl.int64) * J)[:, None] + j[None, :],
+        dbias_ptr + (head.to(tl.int64) * I + first_i) * J + first_j + (i * J)[:, None] + j[None, :],
         dbias.to(dbias_ptr.dtype.element_ty),
         mask=in_range,
     )
@@ -421,18 +429,19 @@ def launch(
         "row_max_ptr": row_max,
         "log2_sum_ptr": torch.empty_like(row_max),
         "delta_ptr": torch.empty_like(row_max),
+        "WIDE": shared["WIDE"] or arguments.is_wide(grad_out),
     }
     with torch.cuda.device_of(q):
-        tile = tiling.dq_tile(q.dtype, D, I, J)
+        tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"])
         _triangle_attention_bwd_dq[(B * R * H * triton.cdiv(I, tile.BLOCK_I),)](
             out_ptr=out, row_sum_ptr=row_sum, dq_ptr=dq, EVEN_J=J % tile.BLOCK_J == 0, **shared, **vars(tile)
         )
-        tile = tiling.dkdv_tile(q.dtype, D, I, J)
+        tile = tiling.dkdv_tile(q.dtype, D, I, J, shared["PRECISION"])
         _triangle_attention_bwd_dkdv[(B * R * H * triton.cdiv(J, tile.BLOCK_J),)](
             dk_ptr=dk, dv_ptr=dv, **shared, **vars(tile)
         )
         if dbias.numel():
-            tile = tiling.dbias_tile(q.dtype, D, I, J)
+            tile = tiling.dbias_tile(q.dtype, D, I, J, shared["PRECISION"])
             tiles = triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
             _triangle_attention_bwd_dbias[(B * H * tiles,)](dbias_ptr=dbias, **shared, **vars(tile))
     return dq, dk, dv, dbias

@@ -19,6 +19,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     load_key_term,
     load_rows,
     logits_tile,
+    offset,
     store_rows,
 )
 from trifast_inductor.kernels.triangle_attention.order import program_place
@@ -69,34 +70,36 @@ def _triangle_attention_fwd(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
-    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = block * BLOCK_I
+    i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    i_in_range = i < I
+    i_in_range = i < I - first
 
-    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
+    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh + first * stride_qi
     k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
     v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
     if HAS_BIAS:
-        bias_ptr += b * stride_bias_b + h * stride_bias_h
-        bias_offsets = (i * stride_bias_i)[:, None] + (j.to(tl.int64) * stride_bias_j)[None, :]
+        bias_ptr += b * stride_bias_b + h * stride_bias_h + first * stride_bias_i
+        bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
     row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_I], tl.float32)
     acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
 
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
-        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
+        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM, WIDE)
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
@@ -120,20 +123,20 @@ def _triangle_attention_fwd(
         p = tl.exp2((x - shift[:, None]) * LOG2E)
         rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
         row_max = new_max
 
         k_ptr += BLOCK_J * stride_kj
         v_ptr += BLOCK_J * stride_vj
         if HAS_BIAS:
-            bias_ptr += BLOCK_J * stride_bias_j
+            bias_ptr += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
         if KEY_TERM != "none":
-            key_ptr += BLOCK_J * stride_key_j
+            key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
 
-    out_ptr += ((b * R + r) * I * H + h) * D
+    out_ptr += (((b * R + r) * I + first) * H + h) * D
     store_rows(out_ptr, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
-    statistics = ((b * R + r) * H + h) * I + i
+    statistics = ((b * R + r) * H + h) * I + first + i
     tl.store(row_max_ptr + statistics, row_max, mask=i_in_range)
     tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)
 
@@ -163,7 +166,8 @@ def launch(
     if out.numel() == 0:
         return out, row_max, row_sum
 
-    tile = tiling.forward_tile(q.dtype, D, I, J)
+    shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    tile = tiling.forward_tile(q.dtype, D, I, J, shared["PRECISION"])
     programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
     with torch.cuda.device_of(q):
         _triangle_attention_fwd[(programs,)](
@@ -171,7 +175,7 @@ def launch(
             row_max_ptr=row_max,
             row_sum_ptr=row_sum,
             EVEN_J=J % tile.BLOCK_J == 0,
-            **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
+            **shared,
             **vars(tile),
         )
     return out, row_max, row_sum

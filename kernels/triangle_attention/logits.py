@@ -14,10 +14,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def offset(index, stride, WIDE: tl.constexpr):
+    """index·stride inside a tile: 32 bits unless WIDE, half the registers where nothing is aligned."""
+    if WIDE:
+        product = index.to(tl.int64) * stride
+    else:
+        product = (index * stride).to(tl.int32)
+    return product
+
+
+@triton.jit
+def load_rows(
+    ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+):
     """`[rows, BLOCK_D]` of an operand with D columns, zero outside it."""
     d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + (rows.to(tl.int64) * stride_row)[:, None] + (d.to(tl.int64) * stride_d)[None, :]
+    ptrs = ptr + offset(rows, stride_row, WIDE)[:, None] + offset(d, stride_d, WIDE)[None, :]
     if D == BLOCK_D:
         tile = tl.load(ptrs, mask=in_range[:, None], other=0.0)
     else:
@@ -29,7 +41,7 @@ def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_
 def store_rows(ptr, tile, rows, in_range, stride_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The other way, into an operand whose columns lie side by side; rounds to its dtype."""
     d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + (rows.to(tl.int64) * stride_row)[:, None] + d[None, :]
+    ptrs = ptr + (rows * stride_row)[:, None] + d[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=in_range[:, None] & (d < D)[None, :])
 
 
@@ -44,12 +56,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr):
+def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr, WIDE: tl.constexpr):
     """The key term of some keys: float32 to add, or bool where the logit is replaced."""
     if KEY_TERM == "add":
-        term = tl.load(ptr + keys.to(tl.int64) * stride_j, mask=in_range, other=0.0).to(tl.float32)
+        term = tl.load(ptr + offset(keys, stride_j, WIDE), mask=in_range, other=0.0).to(tl.float32)
     elif KEY_TERM == "select":
-        term = tl.load(ptr + keys.to(tl.int64) * stride_j, mask=in_range, other=0) != 0
+        term = tl.load(ptr + offset(keys, stride_j, WIDE), mask=in_range, other=0) != 0
     else:
         term = in_range  # not read
     return term

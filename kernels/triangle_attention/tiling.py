@@ -1,4 +1,9 @@
-"""Tile choice for every kernel: shipped heuristics, apart from what the kernels mean."""
+"""Tile choice for every kernel: shipped heuristics, apart from what the kernels mean.
+
+Every entry was compiled for sm_90 and sm_80: no register is spilled on sm_90, and shared memory stays under the 99 KiB
+that one program may have on sm_86 and sm_89. Figures beside an entry are for sm_90: registers a thread, KiB of shared
+memory, and instructions a logit in the inner loop, fewer being better.
+"""
 
 from dataclasses import dataclass
 
@@ -15,26 +20,113 @@ class Tile:
     num_stages: int
 
 
-def forward_tile(dtype: torch.dtype, D: int, I: int, J: int) -> Tile:
-    return _clip(Tile(64, 64, 4, 2) if dtype != torch.float32 else Tile(32, 32, 4, 2), I, J)
+# By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores, which want 64 rows for four
+# warps; ieee float32 keeps both operands in registers, which limits it to small tiles.
+_Table = dict[str, dict[int, Tile]]
+
+_FORWARD: _Table = {
+    "16 bit": {
+        32: Tile(
+            64, 64, 4, 3
+        ),  # 128 regs, 44 KiB, 15.5; 128 x 64 has 13.7 but half the warps on a multiprocessor
+        64: Tile(64, 64, 4, 3),  # 150 regs, 72 KiB, 18.2
+        128: Tile(64, 64, 4, 2),  # 226 regs, 88 KiB, 19.0
+    },
+    "tf32": {
+        32: Tile(64, 64, 4, 2),  # 168 regs, 56 KiB, 19.7
+        64: Tile(64, 64, 4, 2),  # 198 regs, 96 KiB, 22.2
+        128: Tile(32, 64, 4, 2),  # 140 regs, 96 KiB, 43.7; 64 x 32 has 35.7 but takes 104 KiB
+    },
+    "ieee": {
+        32: Tile(64, 32, 4, 2),  # 168 regs, 32 KiB, 92
+        64: Tile(32, 32, 4, 2),  # 102 regs, 32 KiB, 181
+        128: Tile(64, 32, 8, 2),  # 144 regs, 80 KiB, 331; four warps spill at any tile of 32 x 32 or more
+    },
+}
+
+_DQ: _Table = {
+    "16 bit": {
+        32: Tile(64, 64, 4, 2),  # 168 regs, 32 KiB, 14.7
+        64: Tile(64, 64, 4, 2),  # 174 regs, 56 KiB, 15.8
+        128: Tile(64, 32, 4, 2),  # 186 regs, 68 KiB, 22.0; 64 x 64 takes 104 KiB
+    },
+    "tf32": {
+        32: Tile(64, 64, 4, 2),  # 182 regs, 64 KiB, 18.6
+        64: Tile(64, 32, 4, 2),  # 166 regs, 72 KiB, 27.9; 64 x 64 takes 112 KiB
+        128: Tile(16, 32, 4, 2),  # 128 regs, 66 KiB, 86; 32 x 32 spills
+    },
+    "ieee": {
+        32: Tile(32, 32, 4, 2),  # 110 regs, 24 KiB, 135
+        64: Tile(32, 32, 8, 2),  # 86 regs, 40 KiB, 267; four warps spill
+        128: Tile(32, 32, 4, 2),  # 138 regs, 72 KiB, 467
+    },
+}
+
+_DKDV: _Table = {
+    "16 bit": {
+        32: Tile(64, 64, 4, 2),  # 168 regs, 26 KiB, 18.4
+        64: Tile(64, 64, 4, 2),  # 224 regs, 50 KiB, 19.7
+        128: Tile(32, 64, 4, 2),  # 248 regs, 66 KiB, 27.0; 64 x 64 spills
+    },
+    "tf32": {
+        32: Tile(32, 64, 4, 2),  # 155 regs, 36 KiB, 27.9
+        64: Tile(32, 64, 4, 2),  # 213 regs, 64 KiB, 33.8
+        128: Tile(32, 32, 4, 2),  # 168 regs, 88 KiB, 74.9; 32 x 64 spills
+    },
+    "ieee": {
+        32: Tile(16, 32, 4, 2),  # 88 regs, 16 KiB, 185; 32 x 32 has 176 with 248 regs
+        64: Tile(16, 32, 4, 2),  # 132 regs, 28 KiB, 334; 32 x 32 spills
+        128: Tile(16, 32, 4, 2),  # 202 regs, 52 KiB, 634
+    },
+}
+
+_DBIAS: _Table = {
+    "16 bit": {
+        32: Tile(
+            64, 32, 4, 2
+        ),  # 126 regs, 24 KiB, 16.1; 64 x 64 has 11.9, with half the programs and 230 regs
+        64: Tile(64, 32, 4, 2),  # 151 regs, 48 KiB, 19.2
+        128: Tile(64, 32, 4, 2),  # 168 regs, 96 KiB, 25.8
+    },
+    "tf32": {
+        32: Tile(64, 32, 4, 2),  # 144 regs, 48 KiB, 20.1
+        64: Tile(64, 32, 4, 2),  # 182 regs, 96 KiB, 27.7
+        128: Tile(16, 32, 4, 2),  # 138 regs, 48 KiB, 85; 32 x 32 spills
+    },
+    "ieee": {
+        32: Tile(32, 32, 4, 2),  # 116 regs, 16 KiB, 95
+        64: Tile(32, 32, 4, 2),  # 148 regs, 32 KiB, 180
+        128: Tile(32, 32, 8, 2),  # 94 regs, 64 KiB, 368
+    },
+}
 
 
-def dq_tile(dtype: torch.dtype, D: int, I: int, J: int) -> Tile:
-    return _clip(Tile(64, 64, 4, 2) if dtype != torch.float32 else Tile(32, 32, 4, 2), I, J)
+def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+    """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype)`, here and below."""
+    return _choose(_FORWARD, dtype, D, I, J, precision)
 
 
-def dkdv_tile(dtype: torch.dtype, D: int, I: int, J: int) -> Tile:
-    return _clip(Tile(64, 64, 4, 2) if dtype != torch.float32 else Tile(32, 32, 4, 2), I, J)
+def dq_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+    """Tile of `_triangle_attention_bwd_dq`."""
+    return _choose(_DQ, dtype, D, I, J, precision)
 
 
-def dbias_tile(dtype: torch.dtype, D: int, I: int, J: int) -> Tile:
-    return _clip(Tile(64, 64, 4, 2) if dtype != torch.float32 else Tile(32, 32, 4, 2), I, J)
+def dkdv_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+    """Tile of `_triangle_attention_bwd_dkdv`."""
+    return _choose(_DKDV, dtype, D, I, J, precision)
 
 
-def _clip(tile: Tile, I: int, J: int) -> Tile:
-    """No longer than the axis, and 16 at least, which is the shortest that `tl.dot` takes."""
+def dbias_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+    """Tile of `_triangle_attention_bwd_dbias`."""
+    return _choose(_DBIAS, dtype, D, I, J, precision)
 
-    def shortest(block: int, length: int) -> int:
-        return min(block, max(16, 1 << (length - 1).bit_length()))
 
-    return Tile(shortest(tile.BLOCK_I, I), shortest(tile.BLOCK_J, J), tile.num_warps, tile.num_stages)
+def _choose(table: _Table, dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+    tiles = table[precision if dtype == torch.float32 else "16 bit"]
+    tile = tiles[32 if D <= 32 else 64 if D <= 64 else 128]
+    return Tile(_clip(tile.BLOCK_I, I), _clip(tile.BLOCK_J, J), tile.num_warps, tile.num_stages)
+
+
+def _clip(block: int, length: int) -> int:
+    """No longer than the axis needs, and 16 at least, which is the shortest that `tl.dot` takes."""
+    return min(block, max(16, 1 << (length - 1).bit_length()))

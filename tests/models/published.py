@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.abc import Loader, MetaPathFinder
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -21,7 +20,6 @@ from unittest import mock
 import pytest
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install --no-deps -r tests/models/requirements.txt"
 
 
@@ -67,19 +65,10 @@ def _standing_in(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
                 del sys.modules[name]
 
 
-@contextlib.contextmanager
-def _checkout_off_the_path() -> Iterator[None]:
-    """The checkout's own directory `kernels` must not pass for the Hugging Face package that transformers looks for."""
-    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != CHECKOUT]
-    with mock.patch.object(sys, "path", elsewhere):
-        yield
-
-
 def _require(package: str) -> None:
     """Fails when the package is missing; skips on a machine with a GPU, where the test needs no full set of models."""
-    with _checkout_off_the_path():
-        if importlib.util.find_spec(package) is not None:
-            return
+    if importlib.util.find_spec(package) is not None:
+        return
     missing = f"{package} is not installed: {INSTALL}"
     if torch.cuda.is_available() or os.environ.get("TRIFAST_SKIP_MISSING_MODELS") == "1":
         pytest.skip(missing)
@@ -92,7 +81,7 @@ def _load(
     _require(module.partition(".")[0])
     if module in sys.modules:
         return sys.modules[module]
-    with _checkout_off_the_path(), _standing_in(stand_ins or {}), mock.patch.dict(os.environ, environ or {}):
+    with _standing_in(stand_ins or {}), mock.patch.dict(os.environ, environ or {}):
         return importlib.import_module(module)
 
 

@@ -1,0 +1,148 @@
+"""One comparison for every published model: compiled against eager, outputs and every gradient.
+
+Both are measured against the same modules in float64, and the compiled one may be at most twice as far off as eager,
+plus one rounding.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+BACKEND = "trifast"
+N = 17
+C, HEADS, HEAD_DIM = 128, 4, 32
+KEPT = (N, 12, 0)  # tokens per sequence that are not padding: rows with all, some and none of their keys
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype
+    masked: bool
+    training: bool
+    autocast: bool = False
+
+    def __str__(self) -> str:
+        dtype = "autocast" if self.autocast else str(self.dtype).removeprefix("torch.")
+        return f"{dtype}-{'mask' if self.masked else 'no_mask'}-{'training' if self.training else 'inference'}"
+
+
+CASES = (
+    Case(torch.float32, masked=True, training=True),
+    Case(torch.float32, masked=False, training=True),
+    Case(torch.bfloat16, masked=True, training=True),
+    Case(torch.bfloat16, masked=False, training=True),
+    Case(torch.float32, masked=True, training=True, autocast=True),
+    Case(torch.float32, masked=True, training=False),
+    Case(torch.bfloat16, masked=False, training=False),
+)
+
+
+class BothNodes(nn.Module):
+    """A starting and an ending node on the same pair representation, so that one compilation serves both."""
+
+    def __init__(self, starting: nn.Module, ending: nn.Module) -> None:
+        super().__init__()
+        self.starting, self.ending = starting, ending
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.starting(x, mask=mask), self.ending(x, mask=mask)
+
+
+def token_mask() -> Tensor:
+    """int64 `[B, N]`, 1 where a token is kept."""
+    return (torch.arange(N) < torch.tensor(KEPT)[:, None]).long()
+
+
+def pair_mask() -> Tensor:
+    """float `[B, N, N]`, 1 where both tokens are kept."""
+    kept = token_mask().float()
+    return kept[:, :, None] * kept[:, None, :]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """A leaf that wants its gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def assert_agrees(
+    model: nn.Module, inputs: Mapping[str, Tensor], case: Case, device: str, *, sites: int
+) -> None:
+    """Compile the model with all weights redrawn: `sites` rewritten, none declined, the budget kept."""
+    _redraw(model)
+    model = model.to(device, case.dtype).train(case.training)
+    inputs = {name: _cast(tensor, device, case.dtype) for name, tensor in inputs.items()}
+    double = _in_float64(model)
+    exact = _results(double, double, {k: _cast(t, device, torch.float64) for k, t in inputs.items()}, case, False)
+    eager = _results(model, model, inputs, case, case.autocast)
+
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):  # the pass does not run on what a cache holds
+        compiled = _results(torch.compile(model, backend=BACKEND), model, inputs, case, case.autocast)
+
+    found = dict(counters["trifast"])
+    assert (found.get("rewritten", 0), found.get("declined", 0)) == (sites, 0), found
+    off = [_off_budget(name, compiled[name], eager[name], exact[name]) for name in exact]
+    assert not any(off), "\n".join(filter(None, off))
+
+
+def _redraw(model: nn.Module) -> None:
+    """Models start with output projections at 0 and gates at 1, where a broken attention would pass."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim > 1:
+                weight.copy_(noise / weight.shape[-1] ** 0.5)
+            else:
+                weight.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """The same weights in float64, the masking constant scaled along.
+
+    Added to a logit, 1e9 rounds it away in float32 but not in float64. Scaled by the ratio of the two roundings it
+    does so in both, and rows without a key are uniform in both.
+    """
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if hasattr(module, "inf"):
+            module.inf *= torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+    return model
+
+
+def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    floating = tensor.is_floating_point()
+    return tensor.detach().to(device, dtype if floating else None).requires_grad_(tensor.requires_grad)
+
+
+def _results(
+    call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Tensor], case: Case, autocast: bool
+) -> dict[str, Tensor]:
+    """Outputs by position, then the gradients of all parameters and inputs by name."""
+    device = next(iter(inputs.values())).device.type
+    with torch.set_grad_enabled(case.training), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        outputs = call(**inputs)
+    results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    if case.training:
+        leaves = dict(model.named_parameters())
+        leaves.update((name, tensor) for name, tensor in inputs.items() if tensor.requires_grad)
+        # Cotangents of bfloat16 precision are the same numbers in every run.
+        cotangents = [drawn(*o.shape, seed=2).detach().bfloat16().to(o) for o in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        results.update({f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)})
+    return results
+
+
+def _off_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+    """What to say when `got` is more than twice as far from `exact` as eager is, plus one rounding."""
+    if got.dtype != eager.dtype or got.stride() != eager.stride():
+        return f"{name}: {got.dtype} {got.stride()}, eager gives {eager.dtype} {eager.stride()}"
+    error, allowed = (t.double().sub(exact).abs().max().item() for t in (got, eager))
+    allowed = 2 * allowed + torch.finfo(eager.dtype).eps / 2 * exact.abs().max().item()
+    return None if error <= allowed else f"{name}: error {error:.3g}, allowed {allowed:.3g}"

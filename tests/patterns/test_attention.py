@@ -1,0 +1,132 @@
+"""Every spelling is rewritten and agrees with eager; every near miss is left alone, with its reason."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import trifast_inductor
+from trifast_inductor.patterns.site import Reason
+
+from .near_misses import NEAR_MISSES, NearMiss
+from .spellings import SPELLINGS, Projections, inputs
+
+
+def rewriting(gm, example_inputs):
+    """The pass, then AOTAutograd without code generation: what the rewrite means, quickly."""
+    from trifast_inductor.rewrite import rewrite
+
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            rewrite(module.graph)
+            module.recompile()
+    return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+
+def gradients(model: torch.nn.Module, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    out = model(x, mask)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    (out * weight).sum().backward()
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.__name__)
+def test_spelling_is_rewritten_and_agrees(spelling: type[Projections], dynamic: bool) -> None:
+    """Outputs and all gradients in float64, where nothing hides behind rounding.
+
+    1e-6: beside a mask of -1e9 float64 is spaced 1.2e-7, so wholly masked rows keep that much of eager's rounding.
+    """
+    model = spelling().double()
+    x, mask = inputs(spelling, dtype=torch.float64)
+    expected = gradients(copy.deepcopy(model), x, mask)
+    compiled = torch.compile(model, backend=rewriting, dynamic=dynamic)
+    actual = {name.removeprefix("_orig_mod."): value for name, value in gradients(compiled, x, mask).items()}
+    assert counters["trifast"]["rewritten"] == 1
+    assert counters["trifast"]["declined"] == 0
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name],
+            value,
+            rtol=1e-6,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2, 17])
+def test_sizes_of_one_and_odd_sizes(size: int) -> None:
+    """B = 1 is the usual inference case: an axis of size 1 must not decide any role."""
+    for spelling in SPELLINGS:
+        torch._dynamo.reset()
+        model = spelling().double()
+        x, mask = inputs(spelling, B=1, N=size, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, backend=rewriting)(x, mask), model(x, mask))
+
+
+@pytest.mark.parametrize(("near_miss", "reason"), NEAR_MISSES, ids=lambda x: getattr(x, "__name__", None))
+def test_near_miss_is_left_alone(near_miss: type[NearMiss], reason: Reason) -> None:
+    model = near_miss().double()
+    x, mask = inputs(near_miss, dtype=torch.float64)
+    with torch.set_grad_enabled(near_miss.trains):
+        torch.manual_seed(1)
+        expected = copy.deepcopy(model)(x, mask)
+        report = trifast_inductor.explain(model, x, mask)
+        torch.manual_seed(1)
+        torch._dynamo.reset()
+        actual = torch.compile(model, backend=rewriting)(x, mask)
+    assert {row.reason for row in report.rows} == {reason.slug}
+    assert report.rewritten == counters["trifast"]["rewritten"] == 0
+    assert all(reason.sentence in row.message and reason.way_out in row.message for row in report.rows)
+    if reason is not Reason.DROPOUT:  # its noise is drawn in another order
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def test_dropout_that_is_off_is_no_obstacle() -> None:
+    class DropoutOff(NearMiss):
+        def probabilities(self, a: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(a.softmax(-1), p=0.3, training=self.training)
+
+    report = trifast_inductor.explain(DropoutOff().eval(), *inputs(DropoutOff))
+    assert (report.rewritten, report.declined) == (1, 0)
+
+
+def test_own_output_strides_are_kept_where_they_leave_the_graph() -> None:
+    """The op writes [B, R, I, H, D]; a result that is returned as it is gets eager's memory order."""
+
+    class ReturnsHeads(NearMiss):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = (t.transpose(2, 3) for t in self.heads(x))
+            o = self.biased(self.logits(q, k), x, mask).softmax(-1) @ v
+            return o.view(-1, o.shape[-1]), o
+
+    model, (x, mask) = ReturnsHeads(), inputs(ReturnsHeads)
+    expected = model(x, mask)
+    actual = torch.compile(model, backend=rewriting)(x, mask)
+    assert counters["trifast"]["rewritten"] == 1
+    for got, want in zip(actual, expected, strict=True):
+        assert got.stride() == want.stride()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_failing_reading_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trifast_inductor.patterns import canonical
+
+    def fail(graph):
+        raise RuntimeError("no reading today")
+
+    monkeypatch.setattr(canonical, "read", fail)
+    model, (x, mask) = SPELLINGS[0](), inputs(SPELLINGS[0])
+    torch.testing.assert_close(torch.compile(model, backend=rewriting)(x, mask), model(x, mask))
+    assert counters["trifast"] == {"declined": 1, f"declined: {Reason.UNREADABLE.slug}": 1}
