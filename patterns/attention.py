@@ -8,13 +8,15 @@ product with the values, carrying axis labels. What is passed on the way (scale,
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 
 import torch
 
+from trifast_inductor.kernels.triangle_attention import validation
 from trifast_inductor.patterns import axes, terms
 from trifast_inductor.patterns.axes import Label, Labels, aten, flat, packet
-from trifast_inductor.patterns.canonical import Op, Reading, Value
+from trifast_inductor.patterns.canonical import Op, Reading, Size, Value
 from trifast_inductor.patterns.site import (
     Declined,
     Factor,
@@ -30,7 +32,6 @@ from trifast_inductor.patterns.site import (
 _SOFTMAXES = {aten._softmax}
 _PRODUCTS = {aten.bmm, aten.mm, aten.baddbmm, aten.addmm}
 _MAX_STEPS = 64
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 def find(reading: Reading) -> list[Site | Refusal]:
@@ -278,12 +279,14 @@ class _Reader:
         for tensor, _ in site.scale.tensors:
             if self.reading.written_between(tensor, tensor.time, site.ends_at):
                 raise Declined(Reason.INPUT_OVERWRITTEN)
-        if site.dtype not in _DTYPES:
+        if site.dtype not in validation.DTYPES:
             raise Declined(Reason.DTYPE, str(site.dtype))
+        _check_device(site.q.value.tensor.device, site.dtype)
         if len(site.roles.c) > 1 or len(site.roles.d) > 1:
             raise Declined(Reason.TIED)
-        d, c = _size(site.roles.d), _size(site.roles.c)
-        if d is None or d != c or not 1 <= d <= 128:
+        c, d = _size_of(site.roles.c, site.q), _size_of(site.roles.d, site.v)
+        # A symbolic head size becomes a guard here, as in any of inductor's choices.
+        if not axes.same_size(c, d) or not (1 <= d <= validation.MAX_HEAD_SIZE):
             raise Declined(Reason.HEAD_SIZE, f"queries {c}, values {d}")
         if not (site.biases or site.key_terms or site.select):
             raise Declined(Reason.PLAIN_ATTENTION)
@@ -291,14 +294,18 @@ class _Reader:
             raise Declined(Reason.UNKNOWN_OP, "the scale is not finite")
 
 
-def _size(label: Label) -> int | None:
-    """The extent of a label when it is a plain number."""
-    size = 1
-    for atom in flat(label):
-        if not isinstance(atom.size, int):
-            return None
-        size *= atom.size
-    return size
+def _check_device(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type not in validation.DEVICE_TYPES:
+        raise Declined(Reason.DEVICE, device.type)
+    needs_triton = device.type != "cpu" and dtype != torch.float64
+    if needs_triton and importlib.util.find_spec("triton") is None:
+        raise Declined(Reason.NO_TRITON)
+
+
+def _size_of(label: Label, operand: Operand) -> Size:
+    """The extent of a label that labels one axis of the operand; 1 when it labels none."""
+    sizes = zip(operand.labels, operand.value.shape, strict=True)
+    return next((size for axis, size in sizes if label and flat(axis) == flat(label)), 1)
 
 
 def _scaled_fill(fill: float, factor: float) -> float:

@@ -21,8 +21,8 @@ def padded_head(D: int) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of this dtype round: float32 as torch's own do under the present settings.
 
-    `fp32_precision` reads right whichever of torch's APIs set it; `get_float32_matmul_precision` and `allow_tf32`
-    raise once the old and the new API have been mixed.
+    `fp32_precision` reads right whichever of torch's APIs set it; `get_float32_matmul_precision` and
+    `allow_tf32` raise once the old and the new API have been mixed.
     """
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         # The interpreter multiplies the bits of bfloat16 as integers; remove once all supported versions have

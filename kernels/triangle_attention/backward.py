@@ -3,8 +3,8 @@
     p = exp(x - row_max) / row_sum     dp = ⟨grad_out, v⟩     δ = Σ_d out·grad_out     ds = p·(dp - δ)
     dq = scale·Σ_j ds·k     dk = scale·Σ_i ds·q     dv = Σ_i p·grad_out     dbias = Σ_r ds
 
-dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and walks the
-rows, so that nothing is added up across programs. Of nine products where five would do, four are the price of that.
+dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
+walks the rows, so that nothing is added up across programs. The price: nine products where five would do.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
 """
@@ -234,7 +234,7 @@ def _triangle_attention_bwd_dkdv(
     dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
 
-    # Tiles are [j, i] here: p and ds are the left operands of their products as they come, without a transpose.
+    # Tiles are [j, i] here: p and ds are the left operands of their products as they come.
     for start in range(0, I, BLOCK_I):
         in_range = i < I - start
         q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
@@ -351,7 +351,7 @@ def _triangle_attention_bwd_dbias(
     statistics = (b * R * H + h) * I + first_i + i
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    for _ in range(0, R):
+    for _ in range(R):
         q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
         k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
         qk = dot(q, tl.trans(k), None, PRECISION)
@@ -405,8 +405,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtype of q, k, v, and dbias in those of bias, all contiguous.
 
-    Takes what `op.py` has checked, in any strides. dbias is empty unless there is a bias and it is asked for. Two runs
-    on the same inputs agree to the bit.
+    Takes what `op.py` has checked, in any strides. dbias is empty unless there is a bias and it is asked for.
+    Two runs on the same inputs agree to the bit.
     """
     B, R, I, H, D = q.shape
     J = k.shape[2]

@@ -16,11 +16,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def offset(index, stride, WIDE: tl.constexpr):
     """index·stride inside a tile: 32 bits unless WIDE, half the registers where nothing is aligned."""
-    if WIDE:
-        product = index.to(tl.int64) * stride
-    else:
-        product = (index * stride).to(tl.int32)
-    return product
+    return index.to(tl.int64) * stride if WIDE else (index * stride).to(tl.int32)
 
 
 @triton.jit
@@ -91,8 +87,8 @@ def logits_tile(
 ):
     """What the softmax reads: scaled products, bias and key term in eager's order.
 
-    A key past the end (not `in_range`) is -inf, never the fill: a row with all keys masked by a finite fill is
-    uniform over the keys that exist.
+    A key past the end (not `in_range`) is -inf, never the fill: a row with all keys masked by a finite fill
+    is uniform over the keys that exist.
     """
     x = qk * scale
     if KEY_TERM_FIRST:
@@ -111,6 +107,7 @@ def probabilities(x, row_max, log2_sum):
     """exp(x - row_max) / row_sum, from the log2 of the sum.
 
     The difference is taken before the factor log2(e): at x = row_max = -1e9 one fused multiply-add of
-    x·log2(e) - row_max·log2(e) would be off by the rounding of 1.4e9. A row of -inf gives NaN, as eager's 0/0.
+    x·log2(e) - row_max·log2(e) would be off by the rounding of 1.4e9. A row of -inf gives NaN, as eager's
+    0/0 does.
     """
     return tl.exp2((x - row_max) * LOG2E - log2_sum)

@@ -1,8 +1,8 @@
 """Tile choice for every kernel: shipped heuristics, apart from what the kernels mean.
 
-Every entry was compiled for sm_90 and sm_80: no register is spilled on sm_90, and shared memory stays under the 99 KiB
-that one program may have on sm_86 and sm_89. Figures beside an entry are for sm_90: registers a thread, KiB of shared
-memory, and instructions a logit in the inner loop, fewer being better.
+Every entry was compiled for sm_90 and sm_80: no register is spilled on sm_90, and shared memory stays under
+the 99 KiB that one program may have on sm_86 and sm_89. Figures beside an entry are for sm_90: registers a thread,
+KiB of shared memory, and instructions a logit in the inner loop, fewer being better.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Tile:
     num_stages: int
 
 
-# By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores, which want 64 rows for four
-# warps; ieee float32 keeps both operands in registers, which limits it to small tiles.
+# By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores, which want 64 rows for
+# four warps; ieee float32 keeps both operands in registers, which limits it to small tiles.
 _Table = dict[str, dict[int, Tile]]
 
 _FORWARD: _Table = {
