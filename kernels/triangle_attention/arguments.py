@@ -33,11 +33,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def is_wide(tensor: Tensor) -> bool:
-    """Whether two elements of one tile, of 128 by 128 at most, may lie 2**31 elements or more apart."""
-    return 2 * 128 * max(tensor.stride()) >= 2**31
-
-
 def shared(
     q: Tensor,
     k: Tensor,
@@ -76,5 +71,4 @@ def shared(
         "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
         "KEY_TERM_FIRST": key_term_first,
         "PRECISION": dot_precision(q.dtype),
-        "WIDE": any(is_wide(t) for t in (q, k, v, bias, key) if t is not None),
     }

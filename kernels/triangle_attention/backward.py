@@ -81,7 +81,6 @@ def _triangle_attention_bwd_dq(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -98,15 +97,15 @@ def _triangle_attention_bwd_dq(
     do_ptr += b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi
     if HAS_BIAS:
         bias_ptr += b * stride_bias_b + h * stride_bias_h + first * stride_bias_i
-        bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
+        bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
     out_offset = (((b * R + r) * I + first) * H + h) * D
     statistics = ((b * R + r) * H + h) * I + first + i
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
-    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
-    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D, WIDE=False)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
+    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
+    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D)
     row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + statistics, mask=i_in_range, other=1.0))
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -116,9 +115,9 @@ def _triangle_attention_bwd_dq(
     dq = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
-        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM, WIDE)
+        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
@@ -135,7 +134,7 @@ def _triangle_attention_bwd_dq(
             EVEN_J,
         )
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select":
@@ -207,7 +206,6 @@ def _triangle_attention_bwd_dkdv(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -223,21 +221,21 @@ def _triangle_attention_bwd_dkdv(
     do_ptr += b * stride_dob + r * stride_dor + h * stride_doh
     if HAS_BIAS:
         bias_ptr += b * stride_bias_b + h * stride_bias_h + first * tl.cast(stride_bias_j, tl.int64)
-        bias_offsets = offset(j, stride_bias_j, WIDE)[:, None] + offset(i, stride_bias_i, WIDE)[None, :]
+        bias_offsets = offset(j, stride_bias_j)[:, None] + offset(i, stride_bias_i)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r + first * tl.cast(stride_key_j, tl.int64)
     statistics = ((b * R + r) * H + h) * I + i
 
-    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
-    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
-    key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM, WIDE)
+    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
+    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
+    key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
     dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
 
     # Tiles are [j, i] here: p and ds are the left operands of their products as they come.
     for start in range(0, I, BLOCK_I):
         in_range = i < I - start
-        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
+        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         bias = 0.0
         if HAS_BIAS:
@@ -251,7 +249,7 @@ def _triangle_attention_bwd_dkdv(
         log2_sum = tl.load(log2_sum_ptr + statistics + start, mask=in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics + start, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
-        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
+        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
@@ -320,7 +318,6 @@ def _triangle_attention_bwd_dbias(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -344,7 +341,7 @@ def _triangle_attention_bwd_dbias(
     v_ptr += b * stride_vb + h * stride_vh + first_j * stride_vj
     do_ptr += b * stride_dob + h * stride_doh + first_i * stride_doi
     bias_ptr += b * stride_bias_b + h * stride_bias_h + first_i * stride_bias_i + first_j * stride_bias_j
-    bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
+    bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
     bias = tl.load(bias_ptr + bias_offsets, mask=in_range, other=0.0)
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + first_j * stride_key_j
@@ -352,10 +349,10 @@ def _triangle_attention_bwd_dbias(
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for _ in range(R):
-        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
-        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
+        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
+        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
         qk = dot(q, tl.trans(k), None, PRECISION)
-        key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM, WIDE)
+        key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         # Keys past the end are not stored: no need to make them -inf.
         x = logits_tile(
             qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True
@@ -364,8 +361,8 @@ def _triangle_attention_bwd_dbias(
         log2_sum = tl.load(log2_sum_ptr + statistics, mask=i_in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=i_in_range, other=0.0)
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, WIDE)
-        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
+        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
+        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
@@ -429,7 +426,6 @@ def launch(
         "row_max_ptr": row_max,
         "log2_sum_ptr": torch.empty_like(row_max),
         "delta_ptr": torch.empty_like(row_max),
-        "WIDE": shared["WIDE"] or arguments.is_wide(grad_out),
     }
     with torch.cuda.device_of(q):
         tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"])

@@ -1,84 +1,93 @@
 """Triangle attention in plain torch, a few rows at a time: the default for CPU tensors and for float64.
 
     x = scale·q·kᵀ + bias (⊕ key term);  p = softmax_j(x);  out = p·v
-    dv = pᵀ·g;  ds = p ∘ (g·vᵀ - Σ_j p ∘ g·vᵀ);  dq = scale·ds·k;  dk = scale·dsᵀ·q;  dbias = Σ_r ds
+    dv = pᵀ·g;  dp = g·vᵀ;  ds = p ∘ (dp - Σ_j p ∘ dp);  dq = scale·ds·k;  dk = scale·dsᵀ·q;  dbias = Σ_r ds
 
-The logits of a few rows of one head fill a buffer that stays in cache and is used again for the next few: memory grows
-with N². Inside, heads come first: `[H, B, R, N, D]` of a block of rows, of which one head is a batch of matrices that
-share one bias. Shapes and the key term are described in `op.py`; figures are in `docs/benchmarks/cpu.md`.
+A chunk is a few rows of one head, or of several heads where rows are few. Its logits fill a buffer that the
+next chunk uses again: memory grows with N², and torch finds in cache what it has just written. Shapes and the
+key term are described in `op.py`; figures are in `docs/benchmarks/cpu.md`.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# The second-level cache of a core or two: half costs 5-15 % in calls to torch, twice is no faster (docs/benchmarks).
-CHUNK_BYTES = 1 << 20
-
-_Rows = tuple[slice, slice]  # of B and R
-
-
-def _spans(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+# At N=128, on a core with 1 MiB of L2, 1 to 2 MiB are alike; half costs 10 % in calls to torch, twice 10 % in
+# cache misses.
+CHUNK_BYTES = 3 << 19
 
 
-class _Chunks:
-    """How the logits are cut: blocks of rows, and in each block groups of heads, all of `CHUNK_BYTES` or less.
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Some rows of all heads, cut into chunks of `h` heads."""
 
-    A chunk holds one row of one head at the least. `carve` hands out the part of a buffer that a chunk fills.
-    """
+    batch: slice
+    rows: slice
+    h: int
 
-    def __init__(self, q: Tensor, keys: int, dtype: torch.dtype) -> None:
-        self.batch, self.rows, i, self.heads, _ = q.shape
-        room = CHUNK_BYTES // (i * keys * dtype.itemsize)
-        steps = []
-        for size in (self.rows, self.batch, self.heads):
-            steps.append(max(1, min(size, room)))
-            room //= steps[-1]
-        self.row_step, self.batch_step, self.head_step = steps
+    def matrices(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """This block of x, `[B, R, N, H, D]`, as a batch of matrices for each chunk: `[H/h, h·b·r, N, D]`."""
+        heads_first = x[self.batch, self.rows].to(dtype).permute(3, 0, 1, 2, 4)
+        return heads_first.unflatten(0, (-1, self.h)).flatten(1, 3)
 
-    @property
-    def rows_of_block(self) -> int:
-        return self.batch_step * self.row_step
+    def by_row(self, x: Tensor) -> Tensor:
+        """`[h, b, r, I, J]` of a chunk's `[h·b·r, I, J]`."""
+        return x.view(self.h, -1, self.rows.stop - self.rows.start, *x.shape[1:])
 
-    def blocks(self) -> Iterator[_Rows]:
-        return ((bs, rs) for bs in _spans(self.batch, self.batch_step) for rs in _spans(self.rows, self.row_step))
-
-    def head_groups(self) -> Iterator[slice]:
-        return _spans(self.heads, self.head_step)
+    def store(self, x: Tensor, matrices: Tensor) -> None:
+        """Write this block of x, `[B, R, N, H, D]`."""
+        heads_first = x[self.batch, self.rows].permute(3, 0, 1, 2, 4)
+        heads_first.copy_(matrices.view(heads_first.shape))
 
 
-def _carve(buffer: Tensor, *shape: int) -> Tensor:
-    return buffer[: math.prod(shape)].view(shape)
+def _blocks(q: Tensor, k: Tensor, dtype: torch.dtype) -> Iterator[_Block]:
+    """Cover all rows. A chunk takes rows first, then batches, then heads; the first block is the largest."""
+    b, r, i, heads, _ = q.shape
+    room = max(1, CHUNK_BYTES // (i * k.shape[2] * dtype.itemsize))
+    rows = min(r, room)
+    batches = min(b, room // rows)
+    most_heads = min(heads, room // (rows * batches))
+    h = max(divisor for divisor in range(1, most_heads + 1) if heads % divisor == 0)
+    for b0 in range(0, b, batches):
+        for r0 in range(0, r, rows):
+            yield _Block(slice(b0, min(b0 + batches, b)), slice(r0, min(r0 + rows, r)), h)
 
 
-def _heads_first(x: Tensor, block: _Rows, dtype: torch.dtype) -> Tensor:
-    """`[H, b, r, N, D]` of a block of `[B, R, N, H, D]`, in its order in memory: a cast reads it straight through."""
-    return x[block].to(dtype).permute(3, 0, 1, 2, 4)
+class _Buffers:
+    """Memory by name, used again by every block: fresh memory costs a page fault for each 4 KiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flat: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._flat:
+            self._flat[name] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._flat[name][:size].view(shape)
+
+    def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x itself where it has that dtype."""
+        return x if x.dtype == dtype else self.get(name, x.shape, dtype).copy_(x)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _product_dtype(q: Tensor) -> torch.dtype:
-    """The dtype in which p and ds are multiplied by v, g, q and k.
-
-    bfloat16, as in eager, where oneDNN multiplies it (twice as fast as float32 on AVX512-BF16). Without oneDNN, and
-    for float16 always, torch multiplies with a plain loop, twenty times slower than float32.
-    """
-    if q.dtype == torch.bfloat16 and q.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return _sum_dtype(q.dtype)
-
-
+@dataclasses.dataclass(frozen=True)
 class _Terms:
-    """What is added to scale·q·kᵀ, in the dtype of the sums, and the select by key."""
+    """What makes the logits beside q and k; `of` gives the part of one block, of the second shape."""
 
-    def __init__(
-        self,
+    bias: Tensor | None  # [H, B, 1, I, J]; [H/h, h, b, 1, I, J]
+    key_bias: Tensor | None  # [B, R, 1, J]; [b, r, 1, J], and so the next two
+    kept: Tensor | None  # all bits set where key_mask is False, none where it is True
+    fill: Tensor | None  # the bits of `fill` where key_mask is True, none elsewhere
+    scale: float
+    key_term_first: bool
+
+    @classmethod
+    def prepare(
+        cls,
         bias: Tensor | None,
         key_bias: Tensor | None,
         key_mask: Tensor | None,
@@ -86,42 +95,63 @@ class _Terms:
         fill: float,
         key_term_first: bool,
         dtype: torch.dtype,
-    ) -> None:
-        self.scale = scale
-        self.key_term_first = key_term_first
-        self.bias = None if bias is None else bias.to(dtype).contiguous()
-        self.key_bias = None if key_bias is None else key_bias.to(dtype)
-        self.kept_bits: Tensor | None = None
+    ) -> "_Terms":
+        heads_first = None if bias is None else bias.to(dtype).contiguous().transpose(0, 1)[:, :, None]
+        by_key = None if key_bias is None else key_bias.to(dtype)[:, :, None]
+        kept = filled = None
         if key_mask is not None:
-            # (x & kept) | fill is the select, whatever x holds; masked_fill_ is not vectorised and costs as much
-            # as a product (110 against 25 µs a MiB).
             bits = torch.int64 if dtype == torch.float64 else torch.int32
-            self.kept_bits = key_mask.to(bits) - 1
-            fill_where_masked = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
-            self.fill_bits = fill_where_masked.masked_fill_(key_mask, fill).view(bits)
+            kept = key_mask.to(bits)[:, :, None] - 1
+            filled = torch.zeros_like(kept, dtype=dtype).masked_fill_(key_mask[:, :, None], fill).view(bits)
+        return cls(heads_first, by_key, kept, filled, scale, key_term_first)
 
-    def logits(self, x: Tensor, q: Tensor, k: Tensor, block: _Rows, heads: slice) -> None:
-        """Fill x, `[h, b, r, I, J]`, with the logits of q and k, `[h·b·r, N, D]`."""
-        bias = None if self.bias is None else self.bias[block[0], heads].transpose(0, 1)[:, :, None]
-        key_bias = None if self.key_bias is None else self.key_bias[block][..., None, :]
-        terms = [t for t in ((key_bias, bias) if self.key_term_first else (bias, key_bias)) if t is not None]
-        # The first term starts the product, unless a select stands between the two.
-        beta = 0
-        if terms and not (self.kept_bits is not None and self.key_term_first):
+    def of(self, block: _Block) -> "_Terms":
+        def rows(by_key: Tensor | None) -> Tensor | None:
+            return None if by_key is None else by_key[block.batch, block.rows]
+
+        bias = None if self.bias is None else self.bias[:, block.batch].unflatten(0, (-1, block.h))
+        return dataclasses.replace(
+            self, bias=bias, key_bias=rows(self.key_bias), kept=rows(self.kept), fill=rows(self.fill)
+        )
+
+    def write_logits(self, x: Tensor, q: Tensor, k: Tensor, chunk: int) -> None:
+        """Fill x, `[h, b, r, I, J]`, from q and k, `[h·b·r, N, D]`. The adds keep their order."""
+        bias = None if self.bias is None else self.bias[chunk]
+        in_order = (self.key_bias, bias) if self.key_term_first else (bias, self.key_bias)
+        terms = [term for term in in_order if term is not None]
+        # The product is added to the first term, unless the select comes between them.
+        starts = bool(terms) and (self.kept is None or not self.key_term_first)
+        if starts:
             x.copy_(terms.pop(0))
-            beta = 1
         matrices = x.flatten(0, 2)
-        torch.baddbmm(matrices, q, k.mT, beta=beta, alpha=self.scale, out=matrices)
-        if self.kept_bits is not None:
-            self.cut(x, block)
-            x.view(self.fill_bits.dtype).bitwise_or_(self.fill_bits[block][..., None, :])
+        torch.baddbmm(matrices, q, k.mT, beta=int(starts), alpha=self.scale, out=matrices)
+        if self.fill is not None:
+            # (x & kept) | fill is the select, whatever x holds; masked_fill_ and where are not vectorised and
+            # take 80 to 110 µs a MiB, as long as a product, against 25.
+            self.cut(x)
+            x.view(self.fill.dtype).bitwise_or_(self.fill)
         for term in terms:
             x.add_(term)
 
-    def cut(self, x: Tensor, block: _Rows) -> None:
+    def cut(self, x: Tensor) -> None:
         """Zero x, `[h, b, r, I, J]`, where the select puts `fill`."""
-        if self.kept_bits is not None:
-            x.view(self.kept_bits.dtype).bitwise_and_(self.kept_bits[block][..., None, :])
+        if self.kept is not None:
+            x.view(self.kept.dtype).bitwise_and_(self.kept)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _product_dtype(q: Tensor) -> torch.dtype:
+    """The dtype of every product but q·kᵀ.
+
+    bfloat16, as in eager, where oneDNN multiplies it: twice as fast as float32 on AVX512-BF16. Elsewhere, and
+    for float16 always, torch multiplies in a plain loop, twenty times slower than float32.
+    """
+    if q.dtype == torch.bfloat16 and q.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return _sum_dtype(q.dtype)
 
 
 def forward(
@@ -135,36 +165,35 @@ def forward(
     fill: float,
     key_term_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, R, I, H, D]` in the dtype of q; row maximum and row sum `[B, R, H, I]` in float32 or float64."""
+    """Output `[B, R, I, H, D]`, dtype of q; row maximum and row sum `[B, R, H, I]`, float32 or float64."""
     b, r, i, h, d = q.shape
     j = k.shape[2]
     dtype, product_dtype = _sum_dtype(q.dtype), _product_dtype(q)
-    out = q.new_empty((b, r, i, h, d))
-    row_max, p_max = (q.new_empty((b, r, h, i), dtype=dtype) for _ in range(2))
+    out = torch.empty((b, r, i, h, d), dtype=q.dtype, device=q.device)
+    row_max, p_max = (torch.empty((b, r, h, i), dtype=dtype, device=q.device) for _ in range(2))
     if out.numel() == 0 or j == 0:
         return out.zero_(), row_max.fill_(float("-inf")), p_max.zero_()
-    terms = _Terms(bias, key_bias, key_mask, scale, fill, key_term_first, dtype)
-    chunks = _Chunks(q, j, dtype)
-    n = chunks.rows_of_block
-    x_buffer = q.new_empty(chunks.head_step * n * i * j, dtype=dtype)
-    p_buffer = q.new_empty(chunks.head_step * n * i * j, dtype=product_dtype)
-    out_buffer = q.new_empty(h * n * i * d, dtype=product_dtype)
-    for block in chunks.blocks():
-        q_, k_ = (_heads_first(t, block, dtype) for t in (q, k))
-        v_ = _heads_first(v, block, product_dtype)
-        shape = q_.shape[1:3]
-        o_ = _carve(out_buffer, *q_.shape)
-        for hs in chunks.head_groups():
-            nh = hs.stop - hs.start
-            x = _carve(x_buffer, nh, *shape, i, j)
-            terms.logits(x, q_[hs].flatten(0, 2), k_[hs].flatten(0, 2), block, hs)
-            row_max[block][:, :, hs] = x.amax(-1).permute(1, 2, 0, 3)
+
+    terms = _Terms.prepare(bias, key_bias, key_mask, scale, fill, key_term_first, dtype)
+    buffers = _Buffers(q.device)
+    for block in _blocks(q, k, dtype):
+        terms_ = terms.of(block)
+        q_, k_, v_ = block.matrices(q, dtype), block.matrices(k, dtype), block.matrices(v, product_dtype)
+        out_ = buffers.get("out", q_.shape, product_dtype)
+        row_max_, p_max_ = (buffers.get(name, q_.shape[:3], dtype) for name in ("row_max", "p_max"))
+        x = buffers.get("x", (q_.shape[1], i, j), dtype)
+        x_by_row = block.by_row(x)
+        for chunk in range(h // block.h):
+            terms_.write_logits(x_by_row, q_[chunk], k_[chunk], chunk)
+            torch.amax(x, -1, out=row_max_[chunk])
             torch.softmax(x, -1, out=x)
-            p_max[block][:, :, hs] = x.amax(-1).permute(1, 2, 0, 3)
-            p = x if product_dtype == dtype else _carve(p_buffer, *x.shape).copy_(x)
-            torch.bmm(p.flatten(0, 2), v_[hs].flatten(0, 2), out=o_[hs].flatten(0, 2))
-        out[block] = o_.permute(1, 2, 3, 0, 4)
-    # The largest probability is exp(0) / row_sum; exp() on its own takes longer than the whole softmax.
+            torch.amax(x, -1, out=p_max_[chunk])
+            torch.bmm(buffers.cast("p", x, product_dtype), v_[chunk], out=out_[chunk])
+        block.store(out, out_)
+        block.store(row_max.transpose(2, 3)[..., None], row_max_)
+        block.store(p_max.transpose(2, 3)[..., None], p_max_)
+    # The largest probability is exp(0) / row_sum; a row of -inf has none and sums to 0. exp() and sum() would
+    # take longer than softmax and this second maximum: 130 against 95 µs a MiB.
     row_sum = p_max.reciprocal_().masked_fill_(row_max == float("-inf"), 0.0)
     return out, row_max, row_sum
 
@@ -185,52 +214,52 @@ def backward(
     key_term_first: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    b, r, i, h, d = q.shape
-    j = k.shape[2]
+    """Gradients of q, k, v and, when asked for, bias: contiguous, in the dtype of their argument.
+
+    What forward saved is not read: softmax anew takes less time than exp(x - row_max).
+    """
+    h, i, j = q.shape[3], q.shape[2], k.shape[2]
     dtype, product_dtype = _sum_dtype(q.dtype), _product_dtype(q)
-    dq = q.new_empty(q.shape)
-    dk = q.new_empty(k.shape)
-    dv = q.new_empty(k.shape)
-    db = torch.zeros((h, b, i, j), dtype=dtype, device=q.device)
-    terms = _Terms(bias, key_bias, key_mask, scale, fill, key_term_first, dtype)
-    chunks = _Chunks(q, j, dtype)
-    n = chunks.rows_of_block
-    x_buffer = q.new_empty(chunks.head_step * n * i * j, dtype=dtype)
-    dp_buffer = q.new_empty(chunks.head_step * n * i * j, dtype=dtype)
-    p_buffer = q.new_empty(chunks.head_step * n * i * j, dtype=product_dtype)
-    dq_buffer = q.new_empty(h * n * i * d, dtype=product_dtype)
-    dk_buffer = q.new_empty(h * n * j * d, dtype=product_dtype)
-    dv_buffer = q.new_empty(h * n * j * d, dtype=product_dtype)
-    for block in chunks.blocks():
-        q_, k_, v_, g_ = (_heads_first(t, block, dtype) for t in (q, k, v, grad_out))
-        if product_dtype == dtype:
-            qp, kp, gp = q_, k_, g_
-        else:
-            qp, kp, gp = (_heads_first(t, block, product_dtype) for t in (q, k, grad_out))
-        shape = q_.shape[1:3]
-        dq_ = _carve(dq_buffer, *q_.shape)
-        dk_ = _carve(dk_buffer, *k_.shape)
-        dv_ = _carve(dv_buffer, *k_.shape)
-        for hs in chunks.head_groups():
-            nh = hs.stop - hs.start
-            x = _carve(x_buffer, nh, *shape, i, j)
-            terms.logits(x, q_[hs].flatten(0, 2), k_[hs].flatten(0, 2), block, hs)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dbias = None
+    if bias is not None and needs_dbias:
+        dbias = torch.zeros((h, q.shape[0], i, j), dtype=dtype, device=q.device)
+    is_empty = q.numel() == 0 or k.numel() == 0
+    if is_empty:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+
+    terms = _Terms.prepare(bias, key_bias, key_mask, scale, fill, key_term_first, dtype)
+    buffers = _Buffers(q.device)
+    for block in () if is_empty else _blocks(q, k, dtype):
+        terms_ = terms.of(block)
+        q_, k_ = (block.matrices(t, dtype) for t in (q, k))
+        q_factor, k_factor, v_, g_ = (block.matrices(t, product_dtype) for t in (q, k, v, grad_out))
+        dq_ = buffers.get("dq", q_.shape, product_dtype)
+        dk_, dv_ = (buffers.get(name, k_.shape, product_dtype) for name in ("dk", "dv"))
+        dbias_ = None if dbias is None else dbias[:, block.batch].unflatten(0, (-1, block.h))
+        x = buffers.get("x", (q_.shape[1], i, j), dtype)
+        x_by_row = block.by_row(x)
+        for chunk in range(h // block.h):
+            terms_.write_logits(x_by_row, q_[chunk], k_[chunk], chunk)
             torch.softmax(x, -1, out=x)
-            p = x if product_dtype == dtype else _carve(p_buffer, *x.shape).copy_(x)
-            torch.bmm(p.flatten(0, 2).mT, gp[hs].flatten(0, 2), out=dv_[hs].flatten(0, 2))
-            ds = _carve(dp_buffer, *x.shape)
-            torch.bmm(g_[hs].flatten(0, 2), v_[hs].flatten(0, 2).mT, out=ds.flatten(0, 2))
+            torch.bmm(buffers.cast("product", x, product_dtype).mT, g_[chunk], out=dv_[chunk])
+            dp = torch.bmm(g_[chunk], v_[chunk].mT, out=buffers.get("product", x.shape, product_dtype))
+            ds = buffers.cast("ds", dp, dtype)
             torch.ops.aten._softmax_backward_data.out(ds, x, -1, dtype, grad_input=ds)
-            if needs_dbias and key_term_first:
-                db[hs, block[0]] += ds.sum(2)
-            terms.cut(ds, block)
-            if needs_dbias and not key_term_first:
-                db[hs, block[0]] += ds.sum(2)
-            dsp = ds if product_dtype == dtype else _carve(p_buffer, *x.shape).copy_(ds)
-            dqm, dkm = dq_[hs].flatten(0, 2), dk_[hs].flatten(0, 2)
-            torch.baddbmm(dqm, dsp.flatten(0, 2), kp[hs].flatten(0, 2), beta=0, alpha=scale, out=dqm)
-            torch.baddbmm(dkm, dsp.flatten(0, 2).mT, qp[hs].flatten(0, 2), beta=0, alpha=scale, out=dkm)
-        dq[block] = dq_.permute(1, 2, 3, 0, 4)
-        dk[block] = dk_.permute(1, 2, 3, 0, 4)
-        dv[block] = dv_.permute(1, 2, 3, 0, 4)
-    return dq, dk, dv, db.permute(1, 0, 2, 3).contiguous().to(bias.dtype)
+            ds_by_row = block.by_row(ds)
+            # The select cuts the bias off only when it came after the bias.
+            if dbias_ is not None and key_term_first:
+                dbias_[chunk].add_(ds_by_row.sum(2))
+            terms_.cut(ds_by_row)
+            if dbias_ is not None and not key_term_first:
+                dbias_[chunk].add_(ds_by_row.sum(2))
+            factor = buffers.cast("product", ds, product_dtype)
+            torch.baddbmm(dq_[chunk], factor, k_factor[chunk], beta=0, alpha=scale, out=dq_[chunk])
+            torch.baddbmm(dk_[chunk], factor.mT, q_factor[chunk], beta=0, alpha=scale, out=dk_[chunk])
+        block.store(dq, dq_)
+        block.store(dk, dk_)
+        block.store(dv, dv_)
+    if bias is None or dbias is None:
+        return dq, dk, dv, torch.empty(0, dtype=q.dtype, device=q.device)
+    return dq, dk, dv, dbias.transpose(0, 1).to(bias.dtype).contiguous()

@@ -70,7 +70,6 @@ def _triangle_attention_fwd(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -86,20 +85,20 @@ def _triangle_attention_fwd(
     v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
     if HAS_BIAS:
         bias_ptr += b * stride_bias_b + h * stride_bias_h + first * stride_bias_i
-        bias_offsets = offset(i, stride_bias_i, WIDE)[:, None] + offset(j, stride_bias_j, WIDE)[None, :]
+        bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, WIDE)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
     row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_I], tl.float32)
     acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
 
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, WIDE)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
-        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM, WIDE)
+        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
             bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
@@ -123,7 +122,7 @@ def _triangle_attention_fwd(
         p = tl.exp2((x - shift[:, None]) * LOG2E)
         rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, WIDE)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
         row_max = new_max
 

@@ -14,18 +14,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def offset(index, stride, WIDE: tl.constexpr):
-    """index·stride inside a tile: 32 bits unless WIDE, half the registers where nothing is aligned."""
-    return index.to(tl.int64) * stride if WIDE else (index * stride).to(tl.int32)
+def offset(index, stride):
+    """index·stride, in 64 bits whatever the stride was specialised to."""
+    return index.to(tl.int64) * stride
 
 
 @triton.jit
-def load_rows(
-    ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
-):
+def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[rows, BLOCK_D]` of an operand with D columns, zero outside it."""
     d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + offset(rows, stride_row, WIDE)[:, None] + offset(d, stride_d, WIDE)[None, :]
+    ptrs = ptr + offset(rows, stride_row)[:, None] + offset(d, stride_d)[None, :]
     if D == BLOCK_D:
         tile = tl.load(ptrs, mask=in_range[:, None], other=0.0)
     else:
@@ -52,12 +50,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr, WIDE: tl.constexpr):
+def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr):
     """The key term of some keys: float32 to add, or bool where the logit is replaced."""
     if KEY_TERM == "add":
-        term = tl.load(ptr + offset(keys, stride_j, WIDE), mask=in_range, other=0.0).to(tl.float32)
+        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0.0).to(tl.float32)
     elif KEY_TERM == "select":
-        term = tl.load(ptr + offset(keys, stride_j, WIDE), mask=in_range, other=0) != 0
+        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0) != 0
     else:
         term = in_range  # not read
     return term

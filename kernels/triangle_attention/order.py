@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 # 32 rows by 16 blocks is about what an H200 holds at once (132 multiprocessors, 3 to 4 programs each). At
-# N=1024, D=32 in bf16 such a group reads 4 MB of k and v and 2 MB of bias, again and again, out of 60 MB of L2.
+# N=1024, D=32 in bf16 such a group reads 4 MB of k and v and 2 MB of bias, over and over, out of 60 MB of L2.
 GROUP_R = tl.constexpr(32)
 
 

@@ -1,11 +1,11 @@
 """Tile choice for every kernel: shipped heuristics, apart from what the kernels mean.
 
-Every entry was compiled for sm_90 and sm_80: no register is spilled on sm_90, and shared memory stays under
-the 99 KiB that one program may have on sm_86 and sm_89. Figures beside an entry are for sm_90: registers a thread,
-KiB of shared memory, and instructions a logit in the inner loop, fewer being better.
+Every entry was compiled for sm_90 and sm_80: no register is spilled on sm_90 where strides are aligned, and
+shared memory stays under the 99 KiB that one program may have on sm_86 and sm_89. Figures beside an entry are
+for sm_90: registers a thread, KiB of shared memory, and instructions a logit in the inner loop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,8 +20,8 @@ class Tile:
     num_stages: int
 
 
-# By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores, which want 64 rows for
-# four warps; ieee float32 keeps both operands in registers, which limits it to small tiles.
+# By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores, which want 64 rows
+# for four warps; ieee float32 keeps both operands in registers, which limits it to small tiles.
 _Table = dict[str, dict[int, Tile]]
 
 _FORWARD: _Table = {
@@ -101,32 +101,43 @@ _DBIAS: _Table = {
 }
 
 
+# A key tile this short where the rows of the bias are not aligned and every element is loaded through its own
+# pointer: 31 instructions a logit at 64 x 32, against 62 and spills at 64 x 64 (forward, D=32, bf16, sm_90).
+_UNALIGNED = 32
+
+
 def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
     """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype)`, here and below."""
-    return _choose(_FORWARD, dtype, D, I, J, precision)
+    tile = _entry(_FORWARD, dtype, D, precision)
+    return _clip(tile if J % 16 == 0 else replace(tile, BLOCK_J=min(tile.BLOCK_J, _UNALIGNED)), I, J)
 
 
 def dq_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
     """Tile of `_triangle_attention_bwd_dq`."""
-    return _choose(_DQ, dtype, D, I, J, precision)
+    tile = _entry(_DQ, dtype, D, precision)
+    return _clip(tile if J % 16 == 0 else replace(tile, BLOCK_J=min(tile.BLOCK_J, _UNALIGNED)), I, J)
 
 
 def dkdv_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
-    """Tile of `_triangle_attention_bwd_dkdv`."""
-    return _choose(_DKDV, dtype, D, I, J, precision)
+    """Tile of `_triangle_attention_bwd_dkdv`, which walks the queries and so shortens those."""
+    tile = _entry(_DKDV, dtype, D, precision)
+    return _clip(tile if J % 16 == 0 else replace(tile, BLOCK_I=min(tile.BLOCK_I, _UNALIGNED)), I, J)
 
 
 def dbias_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
-    """Tile of `_triangle_attention_bwd_dbias`."""
-    return _choose(_DBIAS, dtype, D, I, J, precision)
+    """Tile of `_triangle_attention_bwd_dbias`, which loads the bias once."""
+    return _clip(_entry(_DBIAS, dtype, D, precision), I, J)
 
 
-def _choose(table: _Table, dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+def _entry(table: _Table, dtype: torch.dtype, D: int, precision: str) -> Tile:
     tiles = table[precision if dtype == torch.float32 else "16 bit"]
-    tile = tiles[32 if D <= 32 else 64 if D <= 64 else 128]
-    return Tile(_clip(tile.BLOCK_I, I), _clip(tile.BLOCK_J, J), tile.num_warps, tile.num_stages)
+    return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
 
 
-def _clip(block: int, length: int) -> int:
-    """No longer than the axis needs, and 16 at least, which is the shortest that `tl.dot` takes."""
-    return min(block, max(16, 1 << (length - 1).bit_length()))
+def _clip(tile: Tile, I: int, J: int) -> Tile:
+    """No longer than an axis needs, and 16 at least, which is the shortest that `tl.dot` takes."""
+
+    def clip(block: int, length: int) -> int:
+        return min(block, max(16, 1 << (length - 1).bit_length()))
+
+    return replace(tile, BLOCK_I=clip(tile.BLOCK_I, I), BLOCK_J=clip(tile.BLOCK_J, J))

@@ -76,7 +76,9 @@ def _require(package: str) -> None:
 
 
 def _load(
-    module: str, stand_ins: Mapping[str, Mapping[str, Any]] | None = None, environ: Mapping[str, str] | None = None
+    module: str,
+    stand_ins: Mapping[str, Mapping[str, Any]] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> ModuleType:
     _require(module.partition(".")[0])
     if module in sys.modules:
@@ -134,7 +136,9 @@ def alphafold3_pytorch() -> ModuleType:
         {
             **{f"{package}.{part}": {} for part in ("inputs", "common", "nlm", "plm")},
             **dict.fromkeys(("Bio", "huggingface_hub", "torch_einops_utils"), {}),
-            **dict.fromkeys(("frame_averaging_pytorch", "taylor_series_linear_attention", "colt5_attention"), {}),
+            **dict.fromkeys(
+                ("frame_averaging_pytorch", "taylor_series_linear_attention", "colt5_attention"), {}
+            ),
             "loguru": {"logger": logging.getLogger(package)},
             "environs": {"Env": _NoSettings},
             "sh": {"which": _no_command, "ErrorReturnCode_1": _NoCommand},

@@ -1,8 +1,19 @@
-"""Boltz: OpenFold's spelling, scale, mask and bias applied in place."""
+"""Boltz: OpenFold's spelling, with scale, mask and bias applied in place."""
 
 import pytest
 
-from tests.models.agreement import CASES, HEAD_DIM, HEADS, BothNodes, C, Case, N, assert_agrees, drawn, pair_mask
+from tests.models.agreement import (
+    CASES,
+    HEAD_DIM,
+    HEADS,
+    BothNodes,
+    C,
+    Case,
+    N,
+    assert_agrees,
+    drawn,
+    pair_mask,
+)
 from tests.models.published import boltz
 
 

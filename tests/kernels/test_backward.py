@@ -1,0 +1,140 @@
+"""The backward kernels against the definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trifast_inductor.kernels.triangle_attention import reference
+from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention import backward, forward  # noqa: E402
+
+NAMES = ("dq", "dk", "dv", "dbias")
+
+
+def gradients(x: Inputs, needs_dbias: bool = True) -> tuple[torch.Tensor, ...]:
+    saved = forward.launch(*x.op)
+    return backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], needs_dbias)
+
+
+def eager(x: Inputs) -> tuple[torch.Tensor, ...]:
+    """What autograd makes of a softmax and two products, rounded to the dtype at every step."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v, x.bias) if t is not None]
+    q, k, v = leaves[:3]
+    bias = leaves[3] if x.bias is not None else None
+    p = torch.softmax(reference.logits(q, k, bias, *x.op[4:]), -1)
+    return torch.autograd.grad(torch.einsum("brhij,brjhd->brihd", p, v), leaves, x.grad_out)
+
+
+def cancellation(x: Inputs) -> float:
+    """What is left of dp - δ where the two are equal: a float32 rounding of each, as they are summed apart."""
+    x = x.to(torch.float64)
+    dp = torch.einsum("brihd,brjhd->brhij", x.grad_out, x.v).abs().max()
+    return 4 * torch.finfo(torch.float32).eps * dp.item()
+
+
+def assert_gradients_within_budget(x: Inputs) -> None:
+    exact = reference.backward(x.grad_out.double(), *x.to(torch.float64).op)
+    ds = cancellation(x)
+    floors = (ds * x.scale * x.k.abs().max().item(), ds * x.scale * x.q.abs().max().item(), 0.0, ds)
+    for name, actual, rounded, right, floor in zip(
+        NAMES, gradients(x), eager(x), exact, floors, strict=False
+    ):
+        assert actual.is_contiguous()
+        assert_within_budget(actual, rounded, right, name=name, floor=floor)
+
+
+def test_agrees_with_reference(case, device):
+    x = case.inputs(device)
+    assert_gradients_within_budget(x)
+    dq, dk, dv, dbias = gradients(x)
+    assert (dq.shape, dk.shape, dv.shape) == (x.q.shape, x.k.shape, x.v.shape)
+    assert dq.dtype == dk.dtype == dv.dtype == x.q.dtype
+    assert dbias.shape == (x.bias.shape if x.bias is not None else (0,))
+
+
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e9, float("-inf")])
+@pytest.mark.parametrize("J", [16, 17])
+def test_wholly_masked_row(device, J, fill, key_term_first):
+    """A finite fill leaves dv and, where the bias came after it, dbias; -inf gives NaN where eager does."""
+    x = random_inputs(I=5, J=J, D=8, device=device, key_term="mask", key_term_first=key_term_first)
+    x.key_mask[0, 1] = True
+    x = replace(x, fill=fill)
+    actual = gradients(x)
+    for name, got, want in zip(NAMES, actual, reference.backward(x.grad_out, *x.op), strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert (actual[0][0, 1] == 0).all()
+    assert (actual[1][0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("amount", [-1e9, float("-inf")])
+@pytest.mark.parametrize("key_term_first", [False, True])
+def test_wholly_left_out_row_with_additive_term(device, key_term_first, amount):
+    """The gradient of an added term flows through the logits, of a uniform row as of any other."""
+    x = random_inputs(I=5, J=17, D=8, device=device, key_term="additive", key_term_first=key_term_first)
+    x.key_bias[x.key_bias != 0] = amount
+    x.key_bias[0, 1] = amount
+    for name, got, want in zip(NAMES, gradients(x), reference.backward(x.grad_out, *x.op), strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sharp_softmax(device, dtype):
+    assert_gradients_within_budget(
+        random_inputs(I=33, J=33, D=16, dtype=dtype, device=device, sharpness=30.0)
+    )
+
+
+def test_dbias_keeps_the_dtype_of_the_bias(device):
+    x = random_inputs(I=9, J=17, D=16, dtype=torch.bfloat16, device=device)
+    x = replace(x, bias=x.bias.float())
+    assert gradients(x)[3].dtype == torch.float32
+    assert_gradients_within_budget(x)
+
+
+def test_dbias_is_left_out_when_not_needed(device):
+    x = random_inputs(I=9, J=9, D=8, device=device)
+    *others, dbias = gradients(x, needs_dbias=False)
+    assert dbias.shape == (0,)
+    for got, want in zip(others, gradients(x), strict=False):
+        assert torch.equal(got, want)
+
+
+def test_two_runs_agree_to_the_bit(device):
+    x = random_inputs(B=2, R=5, I=40, J=40, D=16, dtype=torch.bfloat16, device=device, key_term="mask")
+    for first, second in zip(gradients(x), gradients(x), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("axis", ["B", "R", "I", "J", "H"])
+def test_empty(device, axis):
+    sizes = {"B": 2, "R": 3, "I": 4, "J": 5, "H": 2, axis: 0}
+    x = random_inputs(**sizes, D=8, device=device, key_term="mask")
+    for got, of in zip(gradients(x), (x.q, x.k, x.v, x.bias), strict=True):
+        assert got.shape == of.shape
+        assert (got == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_float32_follows_the_precision_of_torch(device, D):
+    x = random_inputs(I=100, J=100, D=D, device=device)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert_gradients_within_budget(x)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.gpu
+def test_offsets_past_2_to_the_31(far_inputs, near_inputs):
+    for name, got, want in zip(NAMES, gradients(far_inputs), gradients(near_inputs), strict=True):
+        assert torch.equal(got, want), name

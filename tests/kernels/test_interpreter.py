@@ -1,0 +1,43 @@
+"""The kernels' small cases on the CPU, in a process of their own: Triton reads TRITON_INTERPRET as it decorates."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process already")
+def test_kernels_under_the_interpreter():
+    here = Path(__file__).parent
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors too small to share
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "not gpu",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore::RuntimeWarning",
+        ]
+        + [str(here / "test_forward.py"), str(here / "test_backward.py")],
+        cwd=here.parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", **threads},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    passed = re.search(r"(\d+) passed", run.stdout)
+    # As many as there are now, about: a process that collects nothing must not pass.
+    assert passed, run.stdout
+    assert int(passed[1]) >= 100, run.stdout
+    assert "skipped" not in run.stdout, f"torch {torch.__version__}: {run.stdout}"

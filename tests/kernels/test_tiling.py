@@ -1,0 +1,29 @@
+"""Tile choice: what the kernels need of a tile, whatever the shape."""
+
+import pytest
+import torch
+
+from trifast_inductor.kernels.triangle_attention import tiling
+
+CHOICES = [tiling.forward_tile, tiling.dq_tile, tiling.dkdv_tile, tiling.dbias_tile]
+
+
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.bfloat16, "upcast")],
+)
+@pytest.mark.parametrize("D", [1, 8, 32, 33, 64, 65, 96, 128])
+def test_blocks_suit_a_dot_and_the_lengths(choose, dtype, precision, D):
+    for I, J in ((1, 1), (17, 300), (300, 17), (64, 64), (4096, 4096)):
+        tile = choose(dtype, D, I, J, precision)
+        for block, length in ((tile.BLOCK_I, I), (tile.BLOCK_J, J)):
+            assert block >= 16
+            assert block & (block - 1) == 0
+            assert block < 2 * max(16, length)
+
+
+def test_unaligned_keys_shorten_the_tile_that_is_walked():
+    args = (torch.bfloat16, 32, 256)
+    assert tiling.forward_tile(*args, 256, "ieee").BLOCK_J > tiling.forward_tile(*args, 257, "ieee").BLOCK_J
+    assert tiling.dkdv_tile(*args, 256, "ieee").BLOCK_I > tiling.dkdv_tile(*args, 257, "ieee").BLOCK_I
