@@ -1,13 +1,15 @@
 """Random inputs and an error budget, for our tests and for yours.
 
-A fused kernel rounds at other places than eager does, so neither is the measure of the other. Both are held against
-float64: the kernel may be off by twice what eager is off by in the same dtype, plus one rounding of the result.
+A fused kernel rounds at other places than eager does, so neither is the measure of the other. Both are held
+against float64: the kernel may be off by twice what eager is off by in the same dtype, plus one rounding of the
+result.
 
     inputs = random_inputs(R=64, I=64, J=64, dtype=torch.bfloat16, key_term="mask")
     assert_within_budget(kernel(inputs), eager(inputs), eager(inputs.to(torch.float64)))
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ KEY_TERMS = ("none", "additive", "mask", "-inf mask")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the op, in its order and shapes (see `kernels/triangle_attention/op.py`), and a gradient."""
+    """Arguments of the op, in its order and shapes (`kernels/triangle_attention/op.py`), and a gradient."""
 
     q: Tensor  # [B, R, I, H, D]
     k: Tensor  # [B, R, J, H, D]
@@ -31,13 +33,13 @@ class Inputs:
     grad_out: Tensor  # [B, R, I, H, D]
 
     @property
-    def op(self) -> tuple[Tensor | None | float | bool, ...]:
+    def op(self) -> tuple[Any, ...]:
         """The arguments of the forward."""
         return tuple(getattr(self, field.name) for field in fields(self))[:-1]
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """The same values in another float dtype; strides are kept, the mask is left alone."""
-        floats = {
+        floats: dict[str, Any] = {
             field.name: value.to(dtype)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
@@ -64,8 +66,8 @@ def random_inputs(
     """Standard normal inputs, the same on every device, with about a third of the keys left out.
 
     Args:
-        key_term: one of `KEY_TERMS`: nothing; -1e9 added; a finite fill; a fill of -inf. Key 0 of every row is
-            kept, so that no row is wholly masked.
+        key_term: one of `KEY_TERMS`: nothing; -1e9 added; a finite fill; a fill of -inf. Key 0 of every row
+            is kept, so that no row is wholly masked.
         sharpness: standard deviation of the logits' product term; 30 leaves one key in a softmax.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -94,15 +96,15 @@ def assert_within_budget(
 ) -> None:
     """Fail unless `actual` is at most twice as far from `exact` as `eager`, plus one rounding of the result.
 
-    Distances are taken over the whole tensor, once as the largest difference and once as the root of the mean square.
-    An element alone is no measure: eager is exact on some by luck. The largest difference finds one wrong tile, the
-    mean square a small error everywhere. NaN and infinities must stand where float64 has them.
+    Distances are taken over the whole tensor, once as the largest difference and once as the root of the mean
+    square. An element alone is no measure: eager is exact on some by luck. The largest difference finds one wrong
+    tile, the mean square a small error everywhere. NaN and infinities must stand where float64 has them.
 
     Args:
         actual: what the kernel gave; its dtype sets the size of a rounding.
         eager: the same computation in eager torch, in the dtype of `actual`.
         exact: the same in float64, from the inputs as rounded to that dtype.
-        floor: an absolute error that is allowed besides, for a result that cancels to less than its terms' roundings.
+        floor: an absolute error allowed besides, for a result that cancels to less than its terms' roundings.
     """
     actual64, eager64, exact64 = (t.detach().double() for t in (actual, eager, exact))
     finite = exact64.isfinite()

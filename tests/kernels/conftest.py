@@ -1,7 +1,7 @@
 """Cases and fixtures that the kernels' tests share.
 
-The kernels run on a CUDA device, or on the CPU in a process started with TRITON_INTERPRET=1: the variable is read
-when a kernel is decorated, so `test_interpreter.py` starts such a process.
+The kernels run on a CUDA device, or on the CPU in a process started with TRITON_INTERPRET=1: the variable is
+read when a kernel is decorated, so `test_interpreter.py` starts such a process.
 """
 
 import os
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _in_nan(t: Tensor) -> Tensor:
-    """The same values at an odd offset of a larger tensor of NaN, strided in every axis: a read too far shows."""
+    """The same values at an odd offset among NaN, strided in every axis: a read too far shows."""
     around = torch.full([2 * n + 3 for n in t.shape], float("nan"), dtype=t.dtype, device=t.device)
     inner = around[tuple(slice(1, 2 * n + 1, 2) for n in t.shape)]
     return inner.copy_(t)
@@ -162,7 +162,7 @@ def near_inputs(device: str) -> Inputs:
 
 @pytest.fixture
 def far_inputs(near_inputs: Inputs, device: str) -> Inputs:
-    """The same, spread over one buffer, each along an axis of its own, so that offsets pass 2**31 elements."""
+    """The same, spread over one buffer along various axes, so that offsets pass 2**31 elements."""
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free memory")
     x = near_inputs

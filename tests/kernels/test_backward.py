@@ -9,7 +9,7 @@ from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
 
 pytest.importorskip("triton")
-from trifast_inductor.kernels.triangle_attention import backward, forward  # noqa: E402
+from trifast_inductor.kernels.triangle_attention import backward, forward
 
 NAMES = ("dq", "dk", "dv", "dbias")
 
@@ -29,7 +29,7 @@ def eager(x: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def cancellation(x: Inputs) -> float:
-    """What is left of dp - δ where the two are equal: a float32 rounding of each, as they are summed apart."""
+    """What is left of dp - δ where they are equal: a few float32 roundings, as they are summed apart."""
     x = x.to(torch.float64)
     dp = torch.einsum("brihd,brjhd->brhij", x.grad_out, x.v).abs().max()
     return 4 * torch.finfo(torch.float32).eps * dp.item()

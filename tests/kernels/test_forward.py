@@ -9,7 +9,7 @@ from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
 
 pytest.importorskip("triton")
-from trifast_inductor.kernels.triangle_attention import forward  # noqa: E402
+from trifast_inductor.kernels.triangle_attention import forward
 
 
 def eager(x: Inputs) -> torch.Tensor:

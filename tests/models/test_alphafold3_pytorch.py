@@ -9,9 +9,8 @@ from tests.models.agreement import (
     BothNodes,
     C,
     Case,
-    N,
     assert_agrees,
-    drawn,
+    node_inputs,
     token_mask,
 )
 from tests.models.published import alphafold3_pytorch
@@ -22,7 +21,4 @@ def test_both_nodes(case: Case, device: str) -> None:
     attention = alphafold3_pytorch().TriangleAttention
     size = {"dim": C, "heads": HEADS, "dim_head": HEAD_DIM}
     model = BothNodes(attention(**size, node_type="starting"), attention(**size, node_type="ending"))
-    inputs = {"x": drawn(3, N, N, C)}
-    if case.masked:
-        inputs["mask"] = token_mask().bool()
-    assert_agrees(model, inputs, case, device, sites=2)
+    assert_agrees(model, node_inputs(case, token_mask().bool()), case, device, sites=2)

@@ -1,6 +1,9 @@
 """Boltz: OpenFold's spelling, with scale, mask and bias applied in place."""
 
+from typing import Any
+
 import pytest
+import torch
 
 from tests.models.agreement import (
     CASES,
@@ -9,22 +12,29 @@ from tests.models.agreement import (
     BothNodes,
     C,
     Case,
-    N,
     assert_agrees,
-    drawn,
+    node_inputs,
     pair_mask,
 )
 from tests.models.published import boltz
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_both_nodes(case: Case, device: str) -> None:
+def both_nodes(**options: Any) -> BothNodes:
     attention = boltz()
-    model = BothNodes(
+    return BothNodes(
         attention.TriangleAttentionStartingNode(C, HEAD_DIM, HEADS),
         attention.TriangleAttentionEndingNode(C, HEAD_DIM, HEADS),
+        **options,
     )
-    inputs = {"x": drawn(3, N, N, C)}
-    if case.masked:
-        inputs["mask"] = pair_mask()
-    assert_agrees(model, inputs, case, device, sites=2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_nodes(case: Case, device: str) -> None:
+    assert_agrees(both_nodes(), node_inputs(case, pair_mask()), case, device, sites=2)
+
+
+def test_chunks(device: str) -> None:
+    """All rows of the batch in one axis, which is cut; each chunk of rows is a site."""
+    case = Case(torch.float32, masked=True, training=False)
+    model = both_nodes(chunk_size=32)  # 51 rows
+    assert_agrees(model, node_inputs(case, pair_mask()), case, device, sites=4)

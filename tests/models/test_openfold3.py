@@ -1,4 +1,4 @@
-"""OpenFold3: einsum under an autocast of its own, mask and bias added in place."""
+"""OpenFold3: einsum inside an autocast of its own, mask and bias added in place."""
 
 import pytest
 
@@ -9,9 +9,8 @@ from tests.models.agreement import (
     BothNodes,
     C,
     Case,
-    N,
     assert_agrees,
-    drawn,
+    node_inputs,
     pair_mask,
 )
 from tests.models.published import openfold3
@@ -24,7 +23,4 @@ def test_both_nodes(case: Case, device: str) -> None:
         attention.TriangleAttention(C, HEAD_DIM, HEADS),
         attention.TriangleAttentionEndingNode(C, HEAD_DIM, HEADS),
     )
-    inputs = {"x": drawn(3, N, N, C)}
-    if case.masked:
-        inputs["mask"] = pair_mask()
-    assert_agrees(model, inputs, case, device, sites=2)
+    assert_agrees(model, node_inputs(case, pair_mask()), case, device, sites=2)
