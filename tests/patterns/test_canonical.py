@@ -1,0 +1,77 @@
+"""The reading: versions of tensors, liveness, what cannot be re-run, autocast."""
+
+import torch
+
+from trifast_inductor.patterns import canonical
+from trifast_inductor.patterns.axes import aten, packet
+
+from .graphs import captured
+
+
+def read(function, *args):
+    gm = captured(function, *args)
+    return gm, canonical.read(gm.graph)
+
+
+def node(gm, name):
+    return next(n for n in gm.graph.nodes if n.name == name)
+
+
+def test_opaque_spellings_become_the_same_ops() -> None:
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    kinds = []
+    for product in (
+        lambda a, b: a @ b.mT,
+        lambda a, b: torch.einsum("bic,bjc->bij", a, b),
+        lambda a, b: torch.matmul(a, b.permute(0, 2, 1)),
+        lambda a, b: torch.bmm(a, torch.swapaxes(b, -1, -2)),
+    ):
+        _, reading = read(product, a, b)
+        kinds.append([packet(op) for op in reading.ops if op.is_live].count(aten.bmm))
+    assert kinds == [1, 1, 1, 1]
+
+
+def test_a_write_makes_new_versions_of_every_alias() -> None:
+    def f(x):
+        y = x * 2
+        alias = y.view(-1)
+        y += 1
+        return alias * 3
+
+    gm, reading = read(f, torch.randn(4, 4))
+    product = reading.outputs_of[node(gm, "mul_1")]
+    assert product.op.inputs[0].op.target == "reread after a write"
+    assert reading.writes
+
+
+def test_dead_ops_are_not_live_and_writes_to_inputs_are() -> None:
+    def f(x, buffer):
+        dead = x.sin()
+        buffer.add_(x.cos())
+        return x + 1, dead.shape[0]
+
+    _, reading = read(f, torch.randn(3), torch.zeros(3))
+    live = {packet(op) for op in reading.ops if op.is_live}
+    assert aten.cos in live
+    assert aten.sin not in live
+
+
+def test_autocast_regions_become_casts_and_leave_no_trace() -> None:
+    def f(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
+
+    gm, reading = read(f, torch.randn(4, 4))
+    assert reading.outputs_of[node(gm, "matmul")].dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_what_cannot_be_rerun_is_an_input_that_may_have_been_written() -> None:
+    def f(x):
+        y = torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)
+        return y + x
+
+    gm, reading = read(f, torch.randn(4, requires_grad=True))
+    assert [n.op for n in reading.unread] == ["call_function"]
+    x = next(n for n in gm.graph.nodes if n.op == "placeholder")
+    assert reading.written_between(reading.outputs_of[x], 0, 10**6)
