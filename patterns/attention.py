@@ -36,9 +36,7 @@ _MAX_STEPS = 64
 
 def find(reading: Reading) -> list[Site | Refusal]:
     """One entry for every softmax whose result is used, in the order of the graph."""
-    return [
-        _look_at(op, reading) for op in reading.ops if op.is_live and op.target and packet(op) in _SOFTMAXES
-    ]
+    return [_look_at(op, reading) for op in reading.ops if op.is_live and op.target and packet(op) in _SOFTMAXES]
 
 
 def _look_at(softmax: Op, reading: Reading) -> Site | Refusal:
@@ -141,9 +139,9 @@ class _Reader:
         divides = packet(op) is aten.div
         if op.kwargs.get("rounding_mode") is not None:
             raise Declined(Reason.UNKNOWN_OP, "rounded division")
-        if not divides and not (isinstance(x, Value) and len(x.shape) == len(labels)):
-            x, y = y, x
-        elif not divides and isinstance(y, Value) and _reaches_product(y):
+        if (not divides and not (isinstance(x, Value) and len(x.shape) == len(labels))) or (
+            not divides and isinstance(y, Value) and _reaches_product(y)
+        ):
             x, y = y, x
         by = terms.number_of(y)
         if by is not None and by != 0:
@@ -167,9 +165,7 @@ class _Reader:
             if len(main.shape) != len(labels):
                 continue
             try:
-                above = self._up(
-                    main, axes.unbroadcast(labels, main.shape), main_factor, depth + 1
-                )
+                above = self._up(main, axes.unbroadcast(labels, main.shape), main_factor, depth + 1)
             except Declined as declined:
                 if failure is None or failure.reason is Reason.NO_PRODUCT:
                     failure = declined
@@ -202,15 +198,14 @@ class _Reader:
     def _product(self, op: Op, labels: Labels, factor: Factor, depth: int) -> _Above:
         """bmm and mm: lhs [*, m, c], rhs [*, c, n]. The softmax axis must be all of m or all of n."""
         added: tuple[Term, ...] = ()
-        arguments = op.args
+        lhs, rhs = op.args[-2:]
         if packet(op) in (aten.baddbmm, aten.addmm):
-            addend, *arguments = arguments
+            addend = op.args[0]
             beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
             if beta != 0:
                 operand = Operand(addend, axes.unbroadcast(labels, addend.shape), read_at=op.time)
                 added = (Term(operand, factor.times(Factor(float(beta))), depth),)
             factor = factor.times(Factor(float(alpha)))
-        lhs, rhs = arguments
         *batch, m, n = labels
         contracted = axes.fresh(lhs.shape[-1])
         left = terms.operand(lhs, (*batch, m, contracted), op.time)

@@ -9,7 +9,7 @@ bias that was expanded or repeated over rows is known for what it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -19,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv
 from trifast_inductor.patterns.canonical import Op, Size, Value
 
 aten = torch.ops.aten
-Extent = int | sympy.Expr
+Extent: TypeAlias = "int | sympy.Expr"
 
 
 class Atom:
@@ -168,10 +168,15 @@ def _permutation(op: Op, rank: int) -> list[int] | None:
 def pull(value: Value, labels: Labels) -> tuple[Value, Labels] | None:
     """One layout op upwards: what it read and the labels of that; None when it is no layout op."""
     op = value.op
-    if op is None or not op.args or not isinstance(op.args[0], Value):
+    if op is None or not op.args:
         return None
-    source = op.args[0]
     kind = packet(op)
+    if kind in (aten.cat, aten.stack) and len(op.inputs) == 1:  # what einops' pack makes of one tensor
+        regrouped = regroup(labels, op.inputs[0].shape)
+        return None if regrouped is None else (op.inputs[0], regrouped)
+    source = op.args[0]
+    if not isinstance(source, Value):
+        return None
     if is_copy(op):
         return source, labels
     if kind in _RESHAPES:

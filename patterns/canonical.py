@@ -151,7 +151,8 @@ class Recorder(TorchDispatchMode):
         def as_value(x: Any) -> Any:
             return self.value_of(x) if isinstance(x, torch.Tensor) else x
 
-        op = Op(func, *pytree.tree_map(as_value, (tuple(args), dict(kwargs))), [], self.time)
+        values, named_values = pytree.tree_map(as_value, (tuple(args), dict(kwargs)))
+        op = Op(func, values, named_values, [], self.time)
         for value in op.inputs:
             value.readers.append(op)
         for out in pytree.tree_leaves(result):
@@ -242,7 +243,8 @@ class _Rerun:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         try:
             if node.op == "call_method":
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
             return node.target(*args, **kwargs)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
@@ -269,8 +271,8 @@ class _Rerun:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         with torch.utils._python_dispatch._disable_current_modes():
-            fake = leaf if isinstance(leaf, FakeTensor) else self.fake_mode.from_tensor(leaf, static_shapes=True)
-            fake = fake.detach()
+            is_fake = isinstance(leaf, FakeTensor)
+            fake = (leaf if is_fake else self.fake_mode.from_tensor(leaf, static_shapes=True)).detach()
         self.recorder.add_input(fake)
         return fake
 
@@ -297,25 +299,27 @@ class _Rerun:
         if name == "_enter_autocast":
             regions.append(torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs))
             return regions[-1]
-        region = self.env[node.args[0]]
+        (entered,) = node.all_input_nodes
+        region = self.env[entered]
         regions.remove(region)
         torch.amp.autocast_mode._exit_autocast(region)
         return None
 
     def _mark_live(self) -> None:
         """An op lives if something outside the graph can see its effect."""
-        stack = [value.op for value in self.roots]
-        for op in self.recorder.ops:
-            if isinstance(op.target, torch._ops.OpOverload) and any(
-                argument.is_write and isinstance(arg, Value) and arg.storage in self.recorder.input_storages
-                for argument, arg in zip(op.target._schema.arguments, op.args, strict=False)
-            ):
-                stack.append(op)
-        while stack:
-            op = stack.pop()
+        waiting: list[Op | None] = [value.op for value in self.roots]
+        waiting += [op for op in self.recorder.ops if self._writes_to_input(op)]
+        while waiting:
+            op = waiting.pop()
             if op is not None and not op.is_live:
                 op.is_live = True
-                stack.extend(value.op for value in op.inputs)
+                waiting.extend(value.op for value in op.inputs)
+
+    def _writes_to_input(self, op: Op) -> bool:
+        return isinstance(op.target, torch._ops.OpOverload) and any(
+            argument.is_write and isinstance(arg, Value) and arg.storage in self.recorder.input_storages
+            for argument, arg in zip(op.target._schema.arguments, op.args, strict=False)
+        )
 
 
 @contextlib.contextmanager

@@ -162,10 +162,10 @@ class Lowering:
         size: Any = 1
         for atom in group:
             factor = self._size(atom.size)
-            if isinstance(size, int) and (size == 1 or isinstance(factor, int)):
-                size = factor if size == 1 else size * factor
+            if isinstance(size, int) and isinstance(factor, int):
+                size *= factor
             else:
-                size = self._call(operator.mul, size, factor)
+                size = factor if size == 1 else self._call(operator.mul, size, factor)
         return size
 
     def _size(self, size: Extent) -> int | fx.Node:

@@ -203,7 +203,7 @@ class Select:
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Which atoms play which part. 
+    """Which atoms play which part.
 
     b: bias and mask vary; r: rows, which share the bias; h: only the bias varies; c: contracted in q·k; d: of v.
     """

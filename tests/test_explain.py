@@ -34,7 +34,19 @@ def test_table() -> None:
     assert lines[0].startswith("2 x rewritten  ")
     assert "spellings.py:" in lines[0]
     assert lines[0].endswith("(forward)")
-    assert lines[1].split() == "B=2 R=12 H=2 I=12 J=12 D=8 float32, bias: pair, mask: additive".split()
+    assert lines[1].split() == [
+        "B=2",
+        "R=12",
+        "H=2",
+        "I=12",
+        "J=12",
+        "D=8",
+        "float32,",
+        "bias:",
+        "pair,",
+        "mask:",
+        "additive",
+    ]
     assert "mask: select -1e+09" in lines[3]
     assert lines[5].strip() == "declined: dropout is on: call model.eval() or set p=0"
     assert lines[6].startswith("not ours  ")
@@ -43,7 +55,11 @@ def test_table() -> None:
 
 def test_to_dict() -> None:
     plain = report().to_dict()
-    assert {key: plain[key] for key in ("graphs", "rewritten", "declined")} == {"graphs": 1, "rewritten": 3, "declined": 1}
+    assert {key: plain[key] for key in ("graphs", "rewritten", "declined")} == {
+        "graphs": 1,
+        "rewritten": 3,
+        "declined": 1,
+    }
     first, *_, dropout, _ = plain["sites"]
     assert first["sizes"] == {"B": "2", "R": "12", "H": "2", "I": "12", "J": "12", "D": "8"}
     assert (dropout["rewritten"], dropout["reason"]) == (False, "dropout")

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
-DIRECTORIES = {"trifast_inductor": "trifast_inductor", "kernels": "trifast_inductor/kernels", "patterns": "trifast_inductor/patterns"}
+DIRECTORIES = {
+    "trifast_inductor": "trifast_inductor",
+    "kernels": "trifast_inductor/kernels",
+    "patterns": "trifast_inductor/patterns",
+}
 
 
 def installed_names() -> set[str]:
@@ -63,7 +67,18 @@ def test_sdist_holds_every_module(built: Path) -> None:
 def test_wheel_installs_and_builds_from_the_sdist_alike(built: Path, tmp_path: Path) -> None:
     """What pip does with the sdist: build a wheel of it, with the same modules."""
     (sdist,) = built.glob("*.tar.gz")
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(sdist)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(sdist),
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,9 +1,9 @@
 """Fused triangle attention for unmodified PyTorch models.
 
-    torch.compile(model, backend="trifast")       # no import needed
-    trifast_inductor.register()                   # every later torch.compile(model)
-    trifast_inductor.explain(model, *args)        # what was rewritten, and why the rest was not
-    trifast_inductor.triangle_attention(q, k, v, bias, mask)
+torch.compile(model, backend="trifast")       # no import needed
+trifast_inductor.register()                   # every later torch.compile(model)
+trifast_inductor.explain(model, *args)        # what was rewritten, and why the rest was not
+trifast_inductor.triangle_attention(q, k, v, bias, mask)
 """
 
 from trifast_inductor.backend import register, unregister

@@ -57,6 +57,10 @@ def _reset() -> None:
     reset_cudagraph_trees()
 
 
+# A checkout that is not installed has no entry point; there, importing the package makes the name known.
+if "trifast" not in torch._dynamo.list_backends(exclude_tags=()):
+    torch._dynamo.register_backend(trifast, name="trifast")
+
 trifast.reset = _reset  # type: ignore[attr-defined]  # what torch._dynamo.reset() calls on a backend
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from trifast_inductor.explain import explain
@@ -83,7 +83,7 @@ def main() -> int:
     return bool(failures)
 
 
-def _trunk(blocks: int) -> nn.Module:
+def _trunk(blocks: int) -> Any:
     """The published module; its blocks' weights are redrawn, since final projections that start at 0 hide errors."""
     # The checkout's directory `kernels` is not the package that transformers looks for under that name.
     checkout = Path(__file__).resolve().parents[1]
@@ -114,7 +114,7 @@ def _inputs(sequence: str, device: torch.device) -> tuple[Any, ...]:
     return s, z, residues.to(device), index, torch.ones(1, n, device=device), 0
 
 
-def _report_sites(trunk: nn.Module, device: torch.device, failures: list[str]) -> None:
+def _report_sites(trunk: Any, device: torch.device, failures: list[str]) -> None:
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = trunk.blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
@@ -129,7 +129,7 @@ def _report_sites(trunk: nn.Module, device: torch.device, failures: list[str]) -
         failures.append(f"explain: {report.rewritten} sites rewritten, {report.declined} declined")
 
 
-def _measure(trunk: nn.Module, sequence: str, device: torch.device, backend: str | None, repeats: int = 3) -> Run:
+def _measure(trunk: Any, sequence: str, device: torch.device, backend: str | None, repeats: int = 3) -> Run:
     for block in trunk.blocks:
         block._compiled_call_impl = None
         if backend is not None:
@@ -142,7 +142,7 @@ def _measure(trunk: nn.Module, sequence: str, device: torch.device, backend: str
     return Run(results, forward, backward, peak)
 
 
-def _step(trunk: nn.Module, sequence: str, device: torch.device) -> tuple[dict[str, Tensor], float, float]:
+def _step(trunk: Any, sequence: str, device: torch.device) -> tuple[dict[str, Tensor], float, float]:
     """Outputs and gradients by name, and seconds forward and backward."""
     inputs = _inputs(sequence, device)
     trunk.zero_grad(set_to_none=True)
@@ -206,5 +206,3 @@ def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
-
-

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from trifast_inductor.report import Report, Row
-from trifast_inductor.rewrite import compile_attempt, rewrite
+from trifast_inductor.rewrite import rewrite
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -25,10 +25,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     The graphs run without code generation, so this takes seconds where compiling takes minutes. It does not depend on
     compile caches, unlike the counters.
     """
-    rows: dict[Any, list[Row]] = {}  # by compile: an attempt that is started over replaces the one before
+    # By compile: an attempt that Dynamo starts over replaces the one before.
+    rows: dict[Any, list[Row]] = {}
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = rows[compile_attempt()[0]] = []
+        found = rows[torch._guards.CompileContext.current_compile_id()] = []
         for module in gm.modules():
             if isinstance(module, fx.GraphModule):
                 found.extend(rewrite(module.graph))

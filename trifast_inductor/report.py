@@ -78,7 +78,7 @@ def location(value: Value) -> str:
 
 def _nearest_nodes(value: Value) -> list[fx.Node]:
     nodes: list[fx.Node] = []
-    queue, seen = [value], set()
+    queue, seen = [value], set[int]()
     while queue and len(nodes) < 4 and len(seen) < 64:
         current = queue.pop(0)
         if id(current) in seen:

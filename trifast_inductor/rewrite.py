@@ -6,6 +6,7 @@ import collections
 import functools
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
 from trifast_inductor.patterns import attention, axes, canonical
@@ -33,7 +34,7 @@ def sources_hash() -> bytes:
     return get_hash_for_files(tuple(sorted(str(path) for path in package.rglob("*.py"))))
 
 
-class TriangleAttentionPass(CustomGraphPass):
+class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor is untyped here
     """Replace every triangle attention of a pre-grad graph by the fused op.
 
     `before` is a pass that was there already and keeps running, first. On torch 2.11 the instance is pickled into the
@@ -134,25 +135,12 @@ def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
     )
 
 
-class _Counted:
-    """What the attempt under way has added to the counters: Dynamo may start a frame over, which counts once."""
-
-    attempt: tuple[Any, int] = (None, 0)
-    added: collections.Counter[str] = collections.Counter()
-
-
-def compile_attempt() -> tuple[Any, int]:
-    """The id of Dynamo's compile under way and the number of times it was started over; (None, 0) outside."""
-    context = torch._guards.CompileContext.try_get()
-    return (None, 0) if context is None else (context.compile_id, context.attempt)
+# For each compile of Dynamo's that is under way: which attempt at it was counted last, and what that counted.
+_counted: weakref.WeakKeyDictionary[Any, tuple[int, collections.Counter[str]]] = weakref.WeakKeyDictionary()
 
 
 def _count(rows: list[Row]) -> None:
-    attempt = compile_attempt()
-    if attempt != _Counted.attempt:
-        if attempt[0] == _Counted.attempt[0] and attempt[1] > _Counted.attempt[1]:
-            counters["trifast"].subtract(_Counted.added)
-        _Counted.attempt, _Counted.added = attempt, collections.Counter()
+    """Add to the counters; Dynamo may start a compile over, and then only the last attempt counts."""
     added: collections.Counter[str] = collections.Counter()
     for row in rows:
         if row.rewritten:
@@ -160,7 +148,14 @@ def _count(rows: list[Row]) -> None:
         elif row.looks_like_attention:
             added.update(("declined", f"declined: {row.reason}"))
     counters["trifast"].update(added)
-    _Counted.added.update(added)
+    context = torch._guards.CompileContext.try_get()
+    if context is None:
+        return
+    attempt, earlier = _counted.get(context, (context.attempt, collections.Counter()))
+    if context.attempt != attempt:
+        counters["trifast"].subtract(earlier)
+        earlier = collections.Counter()
+    _counted[context] = (context.attempt, earlier + added)
 
 
 def _log(rows: list[Row]) -> None:

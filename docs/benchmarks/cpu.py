@@ -1,8 +1,8 @@
 """Triangle attention on the CPU against plain Inductor: `python docs/benchmarks/cpu.py [N ...]`.
 
-Both start from q, k, v as a model has them, heads last in a projection `[1, N, N, H·D]`, and attend as OpenFold does,
-with an additive mask that leaves out the last tenth of the keys. Runs alternate; a figure is the median, in
-milliseconds. Compilation is not counted.
+Both start from q, k, v as a model has them, heads last in a projection `[1, N, N, H·D]`, and attend as
+OpenFold does, with an additive mask that leaves out the last tenth of the keys. Runs alternate; a figure
+is the median, in milliseconds. Compilation is not counted.
 """
 
 import platform
@@ -85,12 +85,9 @@ def processor() -> str:
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    print(
-        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {THREADS} threads, torch {torch.__version__}\n"
-    )
-    print(
-        "| dtype | N | Inductor fwd | ours fwd | Inductor fwd+bwd | ours fwd+bwd | gain fwd | gain fwd+bwd |"
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{processor()}, {capability}, {THREADS} threads, torch {torch.__version__}\n")
+    print("| dtype | N | Inductor fwd | ours fwd | Inductor fwd+bwd | ours fwd+bwd | gain fwd | gain fwd+bwd |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
         for N in [int(n) for n in sys.argv[1:]] or [64, 128, 256, 384]:

@@ -33,6 +33,22 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def with_aligned_rows(bias: Tensor) -> Tensor:
+    """The bias, in rows that start and end on 16 elements and lie dense: copied unless it is so.
+
+    A bias is often a view of `[B, I, J, H]`, and J any number; each of its elements is then loaded through a
+    pointer of its own, once for each row r. A copy has the size of the bias, and is read R times.
+    """
+    *outer, J = bias.shape
+    rows_are_aligned = J % 16 == 0 and all(stride % 16 == 0 for stride in bias.stride()[:-1])
+    if rows_are_aligned and bias.stride(-1) == 1 and bias.data_ptr() % 16 == 0:
+        return bias
+    rows = torch.empty((*outer, J + -J % 16), dtype=bias.dtype, device=bias.device)
+    rows[..., :J] = bias
+    rows[..., J:] = 0
+    return rows
+
+
 def shared(
     q: Tensor,
     k: Tensor,
@@ -46,6 +62,7 @@ def shared(
 ) -> dict[str, Any]:
     """Keyword arguments that every kernel takes."""
     _, R, I, H, D = q.shape
+    bias = None if bias is None else with_aligned_rows(bias)
     # Triton loads a bool as the byte it is; naming it so keeps one spelling for the load.
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     return {
@@ -63,6 +80,7 @@ def shared(
         "H": H,
         "I": I,
         "J": k.shape[2],
+        "J_bias": 0 if bias is None else bias.shape[3],
         "scale": scale,
         "fill": fill,
         "D": D,

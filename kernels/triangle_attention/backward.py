@@ -73,6 +73,7 @@ def _triangle_attention_bwd_dq(
     H,
     I,
     J,
+    J_bias,  # J rounded up: so far do the rows of the bias go
     scale,
     fill,
     D: tl.constexpr,
@@ -120,7 +121,8 @@ def _triangle_attention_bwd_dq(
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
+            bias_in_range = i_in_range[:, None] & (j < J_bias - start)[None, :]
+            bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         x = logits_tile(
             qk,
             bias,
@@ -198,6 +200,7 @@ def _triangle_attention_bwd_dkdv(
     H,
     I,
     J,
+    J_bias,  # J rounded up: so far do the rows of the bias go
     scale,
     fill,
     D: tl.constexpr,
@@ -239,11 +242,10 @@ def _triangle_attention_bwd_dkdv(
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + bias_offsets, mask=j_in_range[:, None] & in_range[None, :], other=0.0)
+            bias_in_range = (j < J_bias - first)[:, None] & in_range[None, :]
+            bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         # Keys past the end are whole rows of this tile, and are not stored: no need to make them -inf.
-        x = logits_tile(
-            kq, bias, key[:, None], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True
-        )
+        x = logits_tile(kq, bias, key[:, None], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
         # An infinite maximum makes p = 0 for a query past the end, whatever the key term.
         row_max = tl.load(row_max_ptr + statistics + start, mask=in_range, other=float("inf"))
         log2_sum = tl.load(log2_sum_ptr + statistics + start, mask=in_range, other=0.0)
@@ -310,6 +312,7 @@ def _triangle_attention_bwd_dbias(
     H,
     I,
     J,
+    J_bias,  # J rounded up: so far do the rows of the bias go
     scale,
     fill,
     D: tl.constexpr,
@@ -342,7 +345,8 @@ def _triangle_attention_bwd_dbias(
     do_ptr += b * stride_dob + h * stride_doh + first_i * stride_doi
     bias_ptr += b * stride_bias_b + h * stride_bias_h + first_i * stride_bias_i + first_j * stride_bias_j
     bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
-    bias = tl.load(bias_ptr + bias_offsets, mask=in_range, other=0.0)
+    bias_in_range = i_in_range[:, None] & (j < J_bias - first_j)[None, :]
+    bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + first_j * stride_key_j
     statistics = (b * R * H + h) * I + first_i + i
@@ -354,9 +358,7 @@ def _triangle_attention_bwd_dbias(
         qk = dot(q, tl.trans(k), None, PRECISION)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         # Keys past the end are not stored: no need to make them -inf.
-        x = logits_tile(
-            qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True
-        )
+        x = logits_tile(qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
         row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
         log2_sum = tl.load(log2_sum_ptr + statistics, mask=i_in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=i_in_range, other=0.0)

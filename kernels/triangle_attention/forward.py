@@ -62,6 +62,7 @@ def _triangle_attention_fwd(
     H,
     I,
     J,
+    J_bias,  # J rounded up: so far do the rows of the bias go
     scale,
     fill,
     D: tl.constexpr,
@@ -101,7 +102,8 @@ def _triangle_attention_fwd(
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + bias_offsets, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
+            bias_in_range = i_in_range[:, None] & (j < J_bias - start)[None, :]
+            bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         x = logits_tile(
             qk,
             bias,

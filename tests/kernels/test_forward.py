@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
+from trifast_inductor.testing import Inputs, assert_within_budget, logits_rounding, random_inputs
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import forward
@@ -25,19 +25,21 @@ def test_agrees_with_reference(case, device):
     assert out.is_contiguous()
     assert out.dtype == x.q.dtype
     assert row_max.dtype == row_sum.dtype == torch.float32
-    assert_within_budget(out, eager(x), exact[0], name="out")
+    floor = logits_rounding(x) * x.v.abs().max().item()
+    assert_within_budget(out, eager(x), exact[0], name="out", floor=floor)
     # Both are float32 whatever q is: the measure is the definition in float32.
     in_float32 = reference.forward(*x.to(torch.float32).op)
-    # exp2 of the machine is good to 2 units in the last place, and so may each of the terms be.
-    assert_within_budget(row_max, in_float32[1], exact[1], name="row_max", floor=1e-6)
-    assert_within_budget(row_sum, in_float32[2], exact[2], name="row_sum", floor=1e-6 * exact[2].max().item())
+    rounding = logits_rounding(x)
+    assert_within_budget(row_max, in_float32[1], exact[1], name="row_max", floor=rounding)
+    floor = rounding * exact[2].max().item()
+    assert_within_budget(row_sum, in_float32[2], exact[2], name="row_sum", floor=floor)
 
 
 @pytest.mark.parametrize("key_term_first", [False, True])
 @pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e9, float("-inf")])
 @pytest.mark.parametrize("J", [16, 17])
 def test_wholly_masked_row_is_uniform_or_nan(device, J, fill, key_term_first):
-    x = random_inputs(I=5, J=J, D=8, device=device, key_term="mask", key_term_first=key_term_first)
+    x = random_inputs(R=3, I=5, J=J, D=8, device=device, key_term="mask", key_term_first=key_term_first)
     x.key_mask[0, 1] = True
     x = replace(x, fill=fill)
     out, row_max, row_sum = forward.launch(*x.op)
@@ -57,7 +59,7 @@ def test_wholly_masked_row_is_uniform_or_nan(device, J, fill, key_term_first):
 @pytest.mark.parametrize("amount", [-1e9, float("-inf")])
 @pytest.mark.parametrize("key_term_first", [False, True])
 def test_wholly_left_out_row_with_additive_term(device, key_term_first, amount):
-    x = random_inputs(I=5, J=17, D=8, device=device, key_term="additive", key_term_first=key_term_first)
+    x = random_inputs(R=3, I=5, J=17, D=8, device=device, key_term="additive", key_term_first=key_term_first)
     x.key_bias[x.key_bias != 0] = amount
     x.key_bias[0, 1] = amount
     out, _, _ = forward.launch(*x.op)
@@ -68,7 +70,7 @@ def test_wholly_left_out_row_with_additive_term(device, key_term_first, amount):
 def test_maximum_that_comes_late(device, first_tile):
     """Keys of one tile at -inf or the lowest float, and the true maximum in another."""
     for fill in (float("-inf"), torch.finfo(torch.float32).min):
-        x = random_inputs(I=4, J=80, D=8, device=device, key_term="mask")
+        x = random_inputs(R=2, I=4, J=80, D=8, device=device, key_term="mask")
         x.key_mask[:] = False
         x.key_mask[..., : 64 if first_tile == "masked" else 0] = True
         x.key_mask[..., 64 if first_tile == "kept" else 80 :] = True
@@ -79,16 +81,22 @@ def test_maximum_that_comes_late(device, first_tile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sharp_softmax(device, dtype):
-    x = random_inputs(I=33, J=33, D=16, dtype=dtype, device=device, sharpness=30.0)
+    x = random_inputs(R=2, I=33, J=33, D=16, dtype=dtype, device=device, sharpness=30.0)
     out, _, _ = forward.launch(*x.op)
     assert_within_budget(out, eager(x), reference.forward(*x.to(torch.float64).op)[0])
 
 
 def test_bias_and_key_term_of_other_dtypes(device):
-    x = random_inputs(I=9, J=17, D=16, dtype=torch.bfloat16, device=device, key_term="additive")
+    x = random_inputs(R=2, I=9, J=17, D=16, dtype=torch.bfloat16, device=device, key_term="additive")
     mixed = replace(x, bias=x.bias.float() * 1.001, key_bias=x.key_bias.double())
     out, _, _ = forward.launch(*mixed.op)
     assert_within_budget(out, eager(mixed), reference.forward(*mixed.to(torch.float64).op)[0])
+
+
+def test_more_rows_than_a_group_of_programs_holds(device):
+    x = random_inputs(R=35, I=130, J=3, H=1, D=8, device=device)
+    out, _, _ = forward.launch(*x.op)
+    torch.testing.assert_close(out, reference.forward(*x.op)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["B", "R", "I", "J", "H"])
@@ -114,7 +122,8 @@ def test_float32_follows_the_precision_of_torch(device, D):
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
             out, _, _ = forward.launch(*x.op)
-            assert_within_budget(out, eager(x), exact, name=precision)
+            # Triton cuts a float32 off where cuBLAS rounds it to tf32: twice the error of one operand.
+            assert_within_budget(out, eager(x), exact, name=precision, times=3.0)
             errors[precision] = (out - exact).abs().max()
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -1,4 +1,4 @@
-"""The kernels' small cases on the CPU, in a process of their own: Triton reads the variable as it decorates."""
+"""The kernels' small cases on the CPU, in a process of their own: Triton reads TRITON_INTERPRET once."""
 
 import os
 import re

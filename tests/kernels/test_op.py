@@ -162,21 +162,41 @@ class TestDirectCall:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"q": lambda t: t[0]}, ShapeError, r"q must be \[B, H, R, I, D\], got \[2, 6, 6, 8\] of rank 4: .*unsqueeze"),
+            (
+                {"q": lambda t: t[0]},
+                ShapeError,
+                r"q must be \[B, H, R, I, D\], got \[2, 6, 6, 8\] of rank 4: .*unsqueeze",
+            ),
             ({"bias": lambda t: t[0]}, ShapeError, r"bias must be \[B, H, I, J\], got \[2, 6, 6\] of rank 3"),
-            ({"bias": lambda t: t[:1]}, ShapeError, r"bias must be \[B, H, I, J\] = \[2, 2, 6, 6\], got \[1, 2, 6, 6\].*expand"),
+            (
+                {"bias": lambda t: t[:1]},
+                ShapeError,
+                r"bias must be \[B, H, I, J\] = \[2, 2, 6, 6\], got \[1, 2, 6, 6\].*expand",
+            ),
             ({"k": lambda t: t[..., :4]}, ShapeError, r"k must be .* = \[2, 2, 6, 6, 8\], got \[2, 2, 6, 6, 4\]"),
             ({"v": lambda t: t[:, :, :, :5]}, ShapeError, r"v must be .*got \[2, 2, 6, 5, 8\]"),
             ({"mask": lambda t: t[:, :5]}, ShapeError, r"mask must be \[B, R, J\] = \[2, 6, 6\], got \[2, 5, 6\]"),
             ({"mask": lambda t: t.float()}, DtypeError, r"mask must be bool .* got torch.float32: use `mask == 0`"),
-            ({"bias": lambda t: t > 0}, DtypeError, r"bias must be floating point, got torch.bool: a bool mask is passed as mask="),
-            ({"k": lambda t: t.float()}, DtypeError, r"k must have the dtype of q, torch.float64, got torch.float32: .*k.to\(q.dtype\)"),
+            (
+                {"bias": lambda t: t > 0},
+                DtypeError,
+                r"bias must be floating point, got torch.bool: a bool mask is passed as mask=",
+            ),
+            (
+                {"k": lambda t: t.float()},
+                DtypeError,
+                r"k must have the dtype of q, torch.float64, got torch.float32: .*k.to\(q.dtype\)",
+            ),
             ({"q": lambda t: t.long()}, DtypeError, r"q must be floating point, got torch.int64"),
             ({"v": lambda t: t.tolist()}, DtypeError, r"v must be a tensor, got list: .*as_tensor"),
             ({"v": lambda t: t.to("meta")}, DeviceError, r"v must be on the device of q, .*, got meta"),
             ({"scale": -1.0}, ScaleError, r"scale must be finite and not negative, got -1.0"),
             ({"scale": float("nan")}, ScaleError, r"got nan"),
-            ({"scale": torch.tensor(1.0)}, ScaleError, r"scale must be a Python number or None, got Tensor: multiply q"),
+            (
+                {"scale": torch.tensor(1.0)},
+                ScaleError,
+                r"scale must be a Python number or None, got Tensor: multiply q",
+            ),
         ],
         ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
     )

@@ -21,9 +21,3 @@ def test_blocks_suit_a_dot_and_the_lengths(choose, dtype, precision, D):
             assert block >= 16
             assert block & (block - 1) == 0
             assert block < 2 * max(16, length)
-
-
-def test_unaligned_keys_shorten_the_tile_that_is_walked():
-    args = (torch.bfloat16, 32, 256)
-    assert tiling.forward_tile(*args, 256, "ieee").BLOCK_J > tiling.forward_tile(*args, 257, "ieee").BLOCK_J
-    assert tiling.dkdv_tile(*args, 256, "ieee").BLOCK_I > tiling.dkdv_tile(*args, 257, "ieee").BLOCK_I

@@ -1,7 +1,7 @@
 """Published model packages, imported with no more than their attention code needs.
 
-`requirements.txt` beside this file installs the packages without their dependencies. What an import asks for beyond
-that list (file readers, data pipelines, training loops) is stood in for here: none of it takes part in attention.
+`requirements.txt` beside this file installs them without their dependencies. What an import asks for beyond
+that list (file readers, data pipelines, training loops) is stood in for: none of it takes part in attention.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
@@ -21,70 +22,7 @@ import pytest
 import torch
 
 INSTALL = "pip install --no-deps -r tests/models/requirements.txt"
-
-
-class _AnyName(ModuleType):
-    """A module in which every name is a class of its own: a base, an annotation, an exception or a callable."""
-
-    __version__ = "0"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (Exception,), {"__init__": lambda self, *args, **kwargs: None})
-
-
-class _StandIns(MetaPathFinder, Loader):
-    """Finds the named modules, and all below them, as stand-ins that hold the given attributes."""
-
-    def __init__(self, names: Mapping[str, Mapping[str, Any]]) -> None:
-        self.names = names
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if any(f"{fullname}.".startswith(f"{name}.") for name in self.names):
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _AnyName(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(self.names.get(module.__name__, {}))
-
-
-@contextlib.contextmanager
-def _standing_in(names: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    finder = _StandIns(names)
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name, module in list(sys.modules.items()):
-            if getattr(module, "__loader__", None) is finder:
-                del sys.modules[name]
-
-
-def _require(package: str) -> None:
-    """Fails when the package is missing; skips on a machine with a GPU, where the test needs no full set of models."""
-    if importlib.util.find_spec(package) is not None:
-        return
-    missing = f"{package} is not installed: {INSTALL}"
-    if torch.cuda.is_available() or os.environ.get("TRIFAST_SKIP_MISSING_MODELS") == "1":
-        pytest.skip(missing)
-    pytest.fail(missing)
-
-
-def _load(
-    module: str,
-    stand_ins: Mapping[str, Mapping[str, Any]] | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> ModuleType:
-    _require(module.partition(".")[0])
-    if module in sys.modules:
-        return sys.modules[module]
-    with _standing_in(stand_ins or {}), mock.patch.dict(os.environ, environ or {}):
-        return importlib.import_module(module)
+StandIns = Mapping[str, Mapping[str, Any]]  # attributes by name of module
 
 
 def esmfold() -> ModuleType:
@@ -100,12 +38,34 @@ def openfold3() -> ModuleType:
 
 
 def protenix() -> ModuleType:
-    # The package's default layer norm is a CUDA extension compiled at import.
+    # Its default layer norm is a CUDA extension, built when imported.
     return _load("protenix.model.triangular.triangular", environ={"LAYERNORM_TYPE": "torch"})
 
 
+def alphafold3_pytorch() -> ModuleType:
+    package = "alphafold3_pytorch"
+    _require(package)
+    if package not in sys.modules:
+        # Its __init__ imports the trainer and the data pipeline; the file of the model does without.
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        spec.loader = None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    nothing_of = (
+        *(f"{package}.{part}" for part in ("inputs", "common", "nlm", "plm")),
+        *("Bio", "huggingface_hub", "torch_einops_utils"),
+        *("frame_averaging_pytorch", "taylor_series_linear_attention", "colt5_attention"),
+    )
+    some_of: StandIns = {
+        "loguru": {"logger": logging.getLogger(package)},
+        "environs": {"Env": _NoSettings},
+        "sh": {"which": _no_command, "ErrorReturnCode_1": _NoCommandError},
+    }
+    return _load(f"{package}.alphafold3", {**{name: {} for name in nothing_of}, **some_of})
+
+
 class _NoSettings:
-    """`environs.Env` of a process that sets none of the package's variables."""
+    """`environs.Env` where none of the package's variables is set."""
 
     def read_env(self) -> None:
         pass
@@ -114,33 +74,73 @@ class _NoSettings:
         return default
 
 
-class _NoCommand(Exception):
+class _NoCommandError(Exception):
     pass
 
 
 def _no_command(name: str) -> None:
-    raise _NoCommand(name)
+    raise _NoCommandError(name)
 
 
-def alphafold3_pytorch() -> ModuleType:
-    package = "alphafold3_pytorch"
-    _require(package)
-    if package not in sys.modules:
-        # The package's __init__ imports the trainer and the data pipeline; the model's own files do without it.
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        spec.loader = None
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-    return _load(
-        f"{package}.alphafold3",
-        {
-            **{f"{package}.{part}": {} for part in ("inputs", "common", "nlm", "plm")},
-            **dict.fromkeys(("Bio", "huggingface_hub", "torch_einops_utils"), {}),
-            **dict.fromkeys(
-                ("frame_averaging_pytorch", "taylor_series_linear_attention", "colt5_attention"), {}
-            ),
-            "loguru": {"logger": logging.getLogger(package)},
-            "environs": {"Env": _NoSettings},
-            "sh": {"which": _no_command, "ErrorReturnCode_1": _NoCommand},
-        },
-    )
+def _require(package: str) -> None:
+    """Fails when the package is missing; skips on a machine with a GPU, which need not have them all."""
+    if importlib.util.find_spec(package) is not None:
+        return
+    missing = f"{package} is not installed: {INSTALL}"
+    if torch.cuda.is_available() or os.environ.get("TRIFAST_SKIP_MISSING_MODELS") == "1":
+        pytest.skip(missing)
+    pytest.fail(missing)
+
+
+def _load(name: str, stand_ins: StandIns | None = None, environ: Mapping[str, str] | None = None) -> ModuleType:
+    _require(name.partition(".")[0])
+    if name in sys.modules:
+        return sys.modules[name]
+    with (
+        _standing_in(stand_ins or {}),
+        mock.patch.dict(os.environ, environ or {}),
+        warnings.catch_warnings(),  # openfold3 sets a filter for the whole process
+    ):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _standing_in(stand_ins: StandIns) -> Iterator[None]:
+    finder = _StandInFinder(stand_ins)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name, module in list(sys.modules.items()):
+            if getattr(module, "__loader__", None) is finder:
+                del sys.modules[name]
+
+
+class _StandInFinder(MetaPathFinder, Loader):
+    """Finds the named modules, and all below them, with the given attributes and any other name."""
+
+    def __init__(self, stand_ins: StandIns) -> None:
+        self.stand_ins = stand_ins
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if any(f"{fullname}.".startswith(f"{name}.") for name in self.stand_ins):
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _AnyName(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self.stand_ins.get(module.__name__, {}))
+
+
+class _AnyName(ModuleType):
+    """Every name is a class of its own, good as a base class, an annotation or an exception."""
+
+    __version__ = "0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (Exception,), {})

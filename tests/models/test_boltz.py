@@ -2,33 +2,22 @@
 
 from typing import Any
 
-import pytest
 import torch
 
-from tests.models.agreement import (
-    CASES,
-    HEAD_DIM,
-    HEADS,
-    BothNodes,
-    C,
-    Case,
-    assert_agrees,
-    node_inputs,
-    pair_mask,
-)
+from tests.models.agreement import SIZES, BothNodes, Case, assert_agrees, every_case, node_inputs, pair_mask
 from tests.models.published import boltz
 
 
 def both_nodes(**options: Any) -> BothNodes:
     attention = boltz()
     return BothNodes(
-        attention.TriangleAttentionStartingNode(C, HEAD_DIM, HEADS),
-        attention.TriangleAttentionEndingNode(C, HEAD_DIM, HEADS),
+        attention.TriangleAttentionStartingNode(*SIZES),
+        attention.TriangleAttentionEndingNode(*SIZES),
         **options,
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_both_nodes(case: Case, device: str) -> None:
     assert_agrees(both_nodes(), node_inputs(case, pair_mask()), case, device, sites=2)
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from tests.models.agreement import (
-    CASES,
-    HEAD_DIM,
-    HEADS,
+    SIZES,
     BothNodes,
     C,
     Case,
     N,
     assert_agrees,
     drawn,
+    every_case,
     node_inputs,
     pair_mask,
     token_mask,
@@ -35,12 +34,12 @@ def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def both_nodes(module: types.ModuleType) -> BothNodes:
     return BothNodes(
-        module.EsmFoldTriangleAttention(C, HEAD_DIM, HEADS, starting=True),
-        module.EsmFoldTriangleAttention(C, HEAD_DIM, HEADS, starting=False),
+        module.EsmFoldTriangleAttention(*SIZES, starting=True),
+        module.EsmFoldTriangleAttention(*SIZES, starting=False),
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_both_nodes(case: Case, module: types.ModuleType, device: str) -> None:
     shims.esmfold()
     assert_agrees(both_nodes(module), node_inputs(case, pair_mask()), case, device, sites=2)

@@ -1,26 +1,14 @@
-"""Protenix: OpenFold's spelling, which is what `triangle_attention="torch"` runs, the default of the module."""
+"""Protenix: OpenFold's spelling, what the module's default `triangle_attention="torch"` selects."""
 
-import pytest
-
-from tests.models.agreement import (
-    CASES,
-    HEAD_DIM,
-    HEADS,
-    BothNodes,
-    C,
-    Case,
-    assert_agrees,
-    node_inputs,
-    pair_mask,
-)
+from tests.models.agreement import SIZES, BothNodes, Case, assert_agrees, every_case, node_inputs, pair_mask
 from tests.models.published import protenix
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_both_nodes(case: Case, device: str) -> None:
     attention = protenix()
     model = BothNodes(
-        attention.TriangleAttentionStartingNode(C, HEAD_DIM, HEADS),
-        attention.TriangleAttentionEndingNode(C, HEAD_DIM, HEADS),
+        attention.TriangleAttentionStartingNode(*SIZES),
+        attention.TriangleAttentionEndingNode(*SIZES),
     )
     assert_agrees(model, node_inputs(case, pair_mask()), case, device, sites=2)

@@ -179,7 +179,9 @@ SPELLINGS: list[type[Projections]] = [
 ]
 
 
-def inputs(spelling: type[Projections], B: int = 2, N: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def inputs(
+    spelling: type[Projections], B: int = 2, N: int = 12, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """x and an outer-product mask in which one sequence is padded, so that whole rows are masked."""
     x = torch.randn(B, N, N, C, dtype=dtype)
     kept = torch.ones(B, N)

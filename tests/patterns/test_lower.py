@@ -22,7 +22,9 @@ class TracedGraphs(TestCase):
 
     def test_matmul_in_place(self) -> None:
         before, after = self.before_and_after(MatmulInPlace)
-        self.assertExpectedInline(before, """\
+        self.assertExpectedInline(
+            before,
+            """\
 %0 = layer_norm(arg2, (16,), arg0, arg1, 1e-05) : [2, 12, 12, 16]
 %1 = sub(arg3, 1) : [2, 12, 12]
 %2 = mul(1000000000.0, %1) : [2, 12, 12]
@@ -51,8 +53,11 @@ class TracedGraphs(TestCase):
 %25 = linear(%0, arg8, arg9) : [2, 12, 12, 16]
 %26 = sigmoid(%25) : [2, 12, 12, 16]
 %27 = mul(%26, %24) : [2, 12, 12, 16]
-%28 = linear(%27, arg10, arg11) : [2, 12, 12, 16]""")
-        self.assertExpectedInline(after, """\
+%28 = linear(%27, arg10, arg11) : [2, 12, 12, 16]""",
+        )
+        self.assertExpectedInline(
+            after,
+            """\
 %0 = layer_norm(arg2, (16,), arg0, arg1, 1e-05) : [2, 12, 12, 16]
 %1 = sub(arg3, 1) : [2, 12, 12]
 %2 = mul(1000000000.0, %1) : [2, 12, 12]
@@ -84,11 +89,14 @@ class TracedGraphs(TestCase):
 %28 = linear(%0, arg8, arg9) : [2, 12, 12, 16]
 %29 = sigmoid(%28) : [2, 12, 12, 16]
 %30 = mul(%29, %27) : [2, 12, 12, 16]
-%31 = linear(%30, arg10, arg11) : [2, 12, 12, 16]""")
+%31 = linear(%30, arg10, arg11) : [2, 12, 12, 16]""",
+        )
 
     def test_einsum_heads_last(self) -> None:
         before, after = self.before_and_after(EinsumHeadsLast)
-        self.assertExpectedInline(before, """\
+        self.assertExpectedInline(
+            before,
+            """\
 %0 = linear(arg0, arg1, None) : [2, 12, 12, 16]
 %1 = view(%0, 2, 12, 12, 2, 8) : [2, 12, 12, 2, 8]
 %2 = linear(arg0, arg2, None) : [2, 12, 12, 16]
@@ -111,8 +119,11 @@ class TracedGraphs(TestCase):
 %19 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
 %20 = sigmoid(%19) : [2, 12, 12, 16]
 %21 = mul(%20, %18) : [2, 12, 12, 16]
-%22 = linear(%21, arg8, arg9) : [2, 12, 12, 16]""")
-        self.assertExpectedInline(after, """\
+%22 = linear(%21, arg8, arg9) : [2, 12, 12, 16]""",
+        )
+        self.assertExpectedInline(
+            after,
+            """\
 %0 = linear(arg0, arg1, None) : [2, 12, 12, 16]
 %1 = view(%0, 2, 12, 12, 2, 8) : [2, 12, 12, 2, 8]
 %2 = linear(arg0, arg2, None) : [2, 12, 12, 16]
@@ -132,11 +143,14 @@ class TracedGraphs(TestCase):
 %16 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
 %17 = sigmoid(%16) : [2, 12, 12, 16]
 %18 = mul(%17, %15) : [2, 12, 12, 16]
-%19 = linear(%18, arg8, arg9) : [2, 12, 12, 16]""")
+%19 = linear(%18, arg8, arg9) : [2, 12, 12, 16]""",
+        )
 
     def test_rows_folded_and_bias_repeated(self) -> None:
         before, after = self.before_and_after(FoldedRows)
-        self.assertExpectedInline(before, """\
+        self.assertExpectedInline(
+            before,
+            """\
 %0 = linear(arg0, arg1, None) : [2, 12, 12, 2]
 %1 = permute(%0, 0, 3, 1, 2) : [2, 2, 12, 12]
 %2 = unsqueeze(%1, 1) : [2, 1, 2, 12, 12]
@@ -165,8 +179,11 @@ class TracedGraphs(TestCase):
 %25 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
 %26 = sigmoid(%25) : [2, 12, 12, 16]
 %27 = mul(%26, %24) : [2, 12, 12, 16]
-%28 = linear(%27, arg8, arg9) : [2, 12, 12, 16]""")
-        self.assertExpectedInline(after, """\
+%28 = linear(%27, arg8, arg9) : [2, 12, 12, 16]""",
+        )
+        self.assertExpectedInline(
+            after,
+            """\
 %0 = linear(arg0, arg1, None) : [2, 12, 12, 2]
 %1 = permute(%0, 0, 3, 1, 2) : [2, 2, 12, 12]
 %2 = unsqueeze(%1, 1) : [2, 1, 2, 12, 12]
@@ -200,13 +217,16 @@ class TracedGraphs(TestCase):
 %30 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
 %31 = sigmoid(%30) : [2, 12, 12, 16]
 %32 = mul(%31, %29) : [2, 12, 12, 16]
-%33 = linear(%32, arg8, arg9) : [2, 12, 12, 16]""")
+%33 = linear(%32, arg8, arg9) : [2, 12, 12, 16]""",
+        )
 
     def test_pre_dispatch_aten(self) -> None:
         """What torch.export hands to AOTInductor: ATen calls with `val` instead of `example_value`."""
         with torch.no_grad():
             graph = torch.export.export(MatmulInPlace(), inputs(MatmulInPlace)).graph
-        self.assertExpectedInline(outline(graph), """\
+        self.assertExpectedInline(
+            outline(graph),
+            """\
 %0 = aten.layer_norm.default(arg10, [16], arg0, arg1, 1e-05, False) : [2, 12, 12, 16]
 %1 = aten.sub.Tensor(arg11, 1) : [2, 12, 12]
 %2 = aten.mul.Tensor(%1, 1000000000.0) : [2, 12, 12]
@@ -236,10 +256,13 @@ class TracedGraphs(TestCase):
 %26 = aten.linear.default(%0, arg6, arg7) : [2, 12, 12, 16]
 %27 = aten.sigmoid.default(%26) : [2, 12, 12, 16]
 %28 = aten.mul.Tensor(%27, %25) : [2, 12, 12, 16]
-%29 = aten.linear.default(%28, arg8, arg9) : [2, 12, 12, 16]""")
+%29 = aten.linear.default(%28, arg8, arg9) : [2, 12, 12, 16]""",
+        )
         rewrite(graph)
         graph.lint()
-        self.assertExpectedInline(outline(graph), """\
+        self.assertExpectedInline(
+            outline(graph),
+            """\
 %0 = aten.layer_norm.default(arg10, [16], arg0, arg1, 1e-05, False) : [2, 12, 12, 16]
 %1 = aten.sub.Tensor(arg11, 1) : [2, 12, 12]
 %2 = aten.mul.Tensor(%1, 1000000000.0) : [2, 12, 12]
@@ -272,7 +295,8 @@ class TracedGraphs(TestCase):
 %29 = aten.linear.default(%0, arg6, arg7) : [2, 12, 12, 16]
 %30 = aten.sigmoid.default(%29) : [2, 12, 12, 16]
 %31 = aten.mul.Tensor(%30, %28) : [2, 12, 12, 16]
-%32 = aten.linear.default(%31, arg8, arg9) : [2, 12, 12, 16]""")
+%32 = aten.linear.default(%31, arg8, arg9) : [2, 12, 12, 16]""",
+        )
 
     def test_a_graph_rewritten_once_is_not_rewritten_again(self) -> None:
         """Dynamo restarts some compiles, and the dead chain is still there."""
