@@ -133,7 +133,7 @@ def _measure(trunk: Any, sequence: str, device: torch.device, backend: str | Non
     for block in trunk.blocks:
         block._compiled_call_impl = None
         if backend is not None:
-            block.compile(backend=backend, dynamic=False)
+            block.compile(backend=backend, dynamic=True)
     results = _step(trunk, sequence, device)[0]  # compiles
     baseline = _reset_peak(device)
     times = [_step(trunk, sequence, device)[1:] for _ in range(repeats)]

@@ -33,6 +33,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def rows_are_aligned(tensor: Tensor) -> bool:
+    """Whether every row along the last axis lies dense and starts on 16 bytes."""
+    unit = 16 // tensor.itemsize
+    outer = tensor.stride()[:-1]
+    return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(step % unit == 0 for step in outer)
+
+
 def with_aligned_rows(bias: Tensor) -> Tensor:
     """The bias, in rows that start and end on 16 elements and lie dense: copied unless it is so.
 
@@ -40,8 +47,8 @@ def with_aligned_rows(bias: Tensor) -> Tensor:
     pointer of its own, once for each row r. A copy has the size of the bias, and is read R times.
     """
     *outer, J = bias.shape
-    rows_are_aligned = J % 16 == 0 and all(stride % 16 == 0 for stride in bias.stride()[:-1])
-    if rows_are_aligned and bias.stride(-1) == 1 and bias.data_ptr() % 16 == 0:
+    # 16 elements, not bytes: that is what Triton looks for in a stride.
+    if J % 16 == 0 and rows_are_aligned(bias) and all(stride % 16 == 0 for stride in bias.stride()[:-1]):
         return bias
     rows = torch.empty((*outer, J + -J % 16), dtype=bias.dtype, device=bias.device)
     rows[..., :J] = bias
@@ -89,4 +96,5 @@ def shared(
         "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
         "KEY_TERM_FIRST": key_term_first,
         "PRECISION": dot_precision(q.dtype),
+        "ALIGNED": all(map(rows_are_aligned, (q, k, v))),
     }

@@ -82,6 +82,7 @@ def _triangle_attention_bwd_dq(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -104,9 +105,9 @@ def _triangle_attention_bwd_dq(
     out_offset = (((b * R + r) * I + first) * H + h) * D
     statistics = ((b * R + r) * H + h) * I + first + i
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
-    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
-    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+    out = load_rows(out_ptr + out_offset, i, i_in_range, H * D, 1, D, BLOCK_D, ALIGNED=False)
     row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + statistics, mask=i_in_range, other=1.0))
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
@@ -116,7 +117,7 @@ def _triangle_attention_bwd_dq(
     dq = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
@@ -136,7 +137,7 @@ def _triangle_attention_bwd_dq(
             EVEN_J,
         )
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select":
@@ -209,6 +210,7 @@ def _triangle_attention_bwd_dkdv(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -229,8 +231,8 @@ def _triangle_attention_bwd_dkdv(
         key_ptr += b * stride_key_b + r * stride_key_r + first * tl.cast(stride_key_j, tl.int64)
     statistics = ((b * R + r) * H + h) * I + i
 
-    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
-    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
+    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
     key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
     dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
@@ -238,7 +240,7 @@ def _triangle_attention_bwd_dkdv(
     # Tiles are [j, i] here: p and ds are the left operands of their products as they come.
     for start in range(0, I, BLOCK_I):
         in_range = i < I - start
-        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D)
+        q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         bias = 0.0
         if HAS_BIAS:
@@ -251,7 +253,7 @@ def _triangle_attention_bwd_dkdv(
         log2_sum = tl.load(log2_sum_ptr + statistics + start, mask=in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics + start, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
-        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D)
+        do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
@@ -321,6 +323,7 @@ def _triangle_attention_bwd_dbias(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -353,8 +356,8 @@ def _triangle_attention_bwd_dbias(
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for _ in range(R):
-        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
-        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D)
+        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         # Keys past the end are not stored: no need to make them -inf.
@@ -363,8 +366,8 @@ def _triangle_attention_bwd_dbias(
         log2_sum = tl.load(log2_sum_ptr + statistics, mask=i_in_range, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=i_in_range, other=0.0)
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
-        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D)
-        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D)
+        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
@@ -428,6 +431,7 @@ def launch(
         "row_max_ptr": row_max,
         "log2_sum_ptr": torch.empty_like(row_max),
         "delta_ptr": torch.empty_like(row_max),
+        "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
     }
     with torch.cuda.device_of(q):
         tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"])

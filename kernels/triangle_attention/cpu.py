@@ -28,19 +28,13 @@ class _Block:
     rows: slice
     h: int
 
-    def matrices(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """This block of x, `[B, R, N, H, D]`, as a batch of matrices for each chunk: `[H/h, h·b·r, N, D]`."""
-        heads_first = x[self.batch, self.rows].to(dtype).permute(3, 0, 1, 2, 4)
-        return heads_first.unflatten(0, (-1, self.h)).flatten(1, 3)
+    def heads_first(self, x: Tensor) -> Tensor:
+        """`[H, b, r, N, D]`, this block of x, `[B, R, N, H, D]`."""
+        return x[self.batch, self.rows].permute(3, 0, 1, 2, 4)
 
     def by_row(self, x: Tensor) -> Tensor:
         """`[h, b, r, I, J]` of a chunk's `[h·b·r, I, J]`."""
         return x.view(self.h, -1, self.rows.stop - self.rows.start, *x.shape[1:])
-
-    def store(self, x: Tensor, matrices: Tensor) -> None:
-        """Write this block of x, `[B, R, N, H, D]`."""
-        heads_first = x[self.batch, self.rows].permute(3, 0, 1, 2, 4)
-        heads_first.copy_(matrices.view(heads_first.shape))
 
 
 def _blocks(q: Tensor, k: Tensor, dtype: torch.dtype) -> Iterator[_Block]:
@@ -69,9 +63,23 @@ class _Buffers:
             self._flat[name] = torch.empty(size, dtype=dtype, device=self._device)
         return self._flat[name][:size].view(shape)
 
+    def load(self, name: str, x: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
+        """A block of x, `[B, R, N, H, D]`, as a batch of matrices for each chunk: `[H/h, h·b·r, N, D]`."""
+        matrices = block.heads_first(x)
+        # MKL reads strided matrices in place; oneDNN, which has bfloat16, would copy them for each product.
+        if x.dtype != dtype or dtype == torch.bfloat16:
+            matrices = self.get(name, matrices.shape, dtype).copy_(matrices)
+        return matrices.unflatten(0, (-1, block.h)).flatten(1, 3)
+
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x itself where it has that dtype."""
         return x if x.dtype == dtype else self.get(name, x.shape, dtype).copy_(x)
+
+
+def _store(matrices: Tensor, x: Tensor, block: _Block) -> None:
+    """Write a block of x, `[B, R, N, H, D]`, from `[H/h, h·b·r, N, D]`."""
+    heads_first = block.heads_first(x)
+    heads_first.copy_(matrices.view(heads_first.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +132,7 @@ class _Terms:
         if starts:
             x.copy_(terms.pop(0))
         matrices = x.flatten(0, 2)
-        torch.baddbmm(matrices, q, k.mT, beta=int(starts), alpha=self.scale, out=matrices)
+        matrices.baddbmm_(q, k.mT, beta=int(starts), alpha=self.scale)
         if self.fill is not None:
             # (x & kept) | fill is the select, whatever x holds; masked_fill_ and where are not vectorised and
             # take 80 to 110 µs a MiB, as long as a product, against 25.
@@ -178,7 +186,8 @@ def forward(
     buffers = _Buffers(q.device)
     for block in _blocks(q, k, dtype):
         terms_ = terms.of(block)
-        q_, k_, v_ = block.matrices(q, dtype), block.matrices(k, dtype), block.matrices(v, product_dtype)
+        q_, k_ = buffers.load("q", q, block, dtype), buffers.load("k", k, block, dtype)
+        v_ = buffers.load("v", v, block, product_dtype)
         out_ = buffers.get("out", q_.shape, product_dtype)
         row_max_, p_max_ = (buffers.get(name, q_.shape[:3], dtype) for name in ("row_max", "p_max"))
         x = buffers.get("x", (q_.shape[1], i, j), dtype)
@@ -189,9 +198,9 @@ def forward(
             torch.softmax(x, -1, out=x)
             torch.amax(x, -1, out=p_max_[chunk])
             torch.bmm(buffers.cast("p", x, product_dtype), v_[chunk], out=out_[chunk])
-        block.store(out, out_)
-        block.store(row_max.transpose(2, 3)[..., None], row_max_)
-        block.store(p_max.transpose(2, 3)[..., None], p_max_)
+        _store(out_, out, block)
+        _store(row_max_, row_max.transpose(2, 3)[..., None], block)
+        _store(p_max_, p_max.transpose(2, 3)[..., None], block)
     # The largest probability is exp(0) / row_sum; a row of -inf has none and sums to 0. exp() and sum() would
     # take longer than softmax and this second maximum: 130 against 95 µs a MiB.
     row_sum = p_max.reciprocal_().masked_fill_(row_max == float("-inf"), 0.0)
@@ -233,8 +242,11 @@ def backward(
     buffers = _Buffers(q.device)
     for block in () if is_empty else _blocks(q, k, dtype):
         terms_ = terms.of(block)
-        q_, k_ = (block.matrices(t, dtype) for t in (q, k))
-        q_factor, k_factor, v_, g_ = (block.matrices(t, product_dtype) for t in (q, k, v, grad_out))
+        q_, k_ = buffers.load("q", q, block, dtype), buffers.load("k", k, block, dtype)
+        q_factor, k_factor, v_, g_ = (
+            buffers.load(name, t, block, product_dtype)
+            for name, t in (("q factor", q), ("k factor", k), ("v", v), ("g", grad_out))
+        )
         dq_ = buffers.get("dq", q_.shape, product_dtype)
         dk_, dv_ = (buffers.get(name, k_.shape, product_dtype) for name in ("dk", "dv"))
         dbias_ = None if dbias is None else dbias[:, block.batch].unflatten(0, (-1, block.h))
@@ -255,11 +267,11 @@ def backward(
             if dbias_ is not None and not key_term_first:
                 dbias_[chunk].add_(ds_by_row.sum(2))
             factor = buffers.cast("product", ds, product_dtype)
-            torch.baddbmm(dq_[chunk], factor, k_factor[chunk], beta=0, alpha=scale, out=dq_[chunk])
-            torch.baddbmm(dk_[chunk], factor.mT, q_factor[chunk], beta=0, alpha=scale, out=dk_[chunk])
-        block.store(dq, dq_)
-        block.store(dk, dk_)
-        block.store(dv, dv_)
+            dq_[chunk].baddbmm_(factor, k_factor[chunk], beta=0, alpha=scale)
+            dk_[chunk].baddbmm_(factor.mT, q_factor[chunk], beta=0, alpha=scale)
+        _store(dq_, dq, block)
+        _store(dk_, dk, block)
+        _store(dv_, dv, block)
     if bias is None or dbias is None:
         return dq, dk, dv, torch.empty(0, dtype=q.dtype, device=q.device)
     return dq, dk, dv, dbias.transpose(0, 1).to(bias.dtype).contiguous()

@@ -71,6 +71,7 @@ def _triangle_attention_fwd(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -90,14 +91,14 @@ def _triangle_attention_fwd(
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
 
-    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
     row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_I], tl.float32)
     acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
 
     for start in range(0, J, BLOCK_J):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
@@ -124,7 +125,7 @@ def _triangle_attention_fwd(
         p = tl.exp2((x - shift[:, None]) * LOG2E)
         rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
         row_max = new_max
 

@@ -20,10 +20,16 @@ def offset(index, stride):
 
 
 @triton.jit
-def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[rows, BLOCK_D]` of an operand with D columns, zero outside it."""
+def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+    """`[rows, BLOCK_D]` of an operand with D columns, zero outside it.
+
+    ALIGNED: every row starts on 16 bytes. Triton finds that out by itself from strides that are multiples of 16,
+    and heads of 8 or 24 columns lie 8 or 24 apart.
+    """
     d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offset(rows, stride_row)[:, None] + offset(d, stride_d)[None, :]
+    if ALIGNED:
+        ptrs = tl.multiple_of(ptrs, (1, 16))
     if D == BLOCK_D:
         tile = tl.load(ptrs, mask=in_range[:, None], other=0.0)
     else:

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+from trifast_inductor.testing import assert_within_budget
 
 BACKEND = "trifast"
 SIZES = C, HEAD_DIM, HEADS = 128, 32, 4
@@ -96,13 +100,16 @@ def assert_agrees(
     torch._dynamo.reset()
     counters.clear()
     # What a cache holds has been rewritten already: no pass would run, nothing would be counted.
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         compiled = _results(torch.compile(model, backend=BACKEND), model, inputs, case)
 
     found = dict(counters["trifast"])
     assert (found.get("rewritten", 0), found.get("declined", 0)) == (sites, declined), found
-    off = [_off_budget(name, compiled[name], eager[name], exact[name]) for name in eager]
-    assert not any(off), "\n".join(filter(None, off))
+    for name in eager:
+        _assert_within_budget(name, compiled[name], eager[name], exact[name])
 
 
 def _redraw(model: nn.Module) -> None:
@@ -163,20 +170,10 @@ def _results(call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Te
     return results
 
 
-def _off_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
-    """What to say when `got` is more than twice as far from `exact` as eager is, plus one rounding.
-
-    Distances are root mean squares: the largest error among a layer norm's gradients, each a sum of B·N·N
-    terms, is more than twice eager's with plain inductor already.
-    """
-    if got.dtype != eager.dtype or got.stride() != eager.stride():
-        return f"{name}: {got.dtype} {got.stride()}, eager gives {eager.dtype} {eager.stride()}"
-
-    def rms(tensor: Tensor) -> float:
-        return tensor.double().square().mean().sqrt().item()
-
-    error, allowed = rms(got - exact), rms(eager - exact)
-    if not allowed <= 0.1 * rms(exact):
-        return f"{name}: eager itself is off by {allowed:.3g} of {rms(exact):.3g}, which would allow anything"
-    allowed = 2 * allowed + torch.finfo(eager.dtype).eps / 2 * rms(exact)
-    return None if error <= allowed else f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+def _assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    assert (got.dtype, got.stride()) == (eager.dtype, eager.stride()), name
+    off = (eager - exact).norm() / exact.norm()
+    assert off < 0.1, f"{name}: eager itself is off by {off:.2f} of float64, which would allow anything"
+    # 3: gradients of a layer norm's vectors, each a sum of B·N·N terms; with plain inductor, on a CPU in float32,
+    # the largest error among them is up to 2.3 times eager's.
+    assert_within_budget(got, eager, exact, name=name, times=3.0 if got.ndim == 1 else 2.0)

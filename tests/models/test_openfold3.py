@@ -1,7 +1,12 @@
 """OpenFold3: einsum inside an autocast of its own, mask and bias added in place."""
 
+import pytest
+
 from tests.models.agreement import SIZES, BothNodes, Case, assert_agrees, every_case, node_inputs, pair_mask
 from tests.models.published import openfold3
+
+# Its `autocast("cuda")` on a machine without.
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")
 
 
 @every_case
