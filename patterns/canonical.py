@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,7 +140,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # questions about a tensor, such as its device
+        if not torch._C._dispatch_has_kernel(func.name()):  # questions about a tensor: its device, its sizes
             return func(*args, **kwargs)
         with self:
             decomposed = func.decompose(*args, **kwargs)
@@ -201,6 +202,8 @@ def read(graph: fx.Graph) -> Reading | None:
             stack.enter_context(fake_mode.shape_env.suppress_guards())
             stack.enter_context(fake_mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.no_grad())
+        # With symbolic sizes matmul and its like are taken apart by rules written in Python.
+        stack.enter_context(enable_python_dispatcher())
         stack.enter_context(fake_mode)
         recorder = stack.enter_context(Recorder())
         return _Rerun(graph, fake_mode, recorder).run()

@@ -77,12 +77,13 @@ class Lowering:
         k = self._arranged(site.k, (roles.b, roles.r, roles.j, roles.h, roles.c), site.dtype)
         v = self._arranged(site.v, (roles.b, roles.r, roles.j, roles.h, roles.d), site.dtype)
         bias = self._sum(site.biases, (roles.b, roles.h, roles.i, roles.j))
-        key_bias = self._sum(site.key_terms, (roles.b, roles.r, roles.j))
+        key_bias = self._contiguous(self._sum(site.key_terms, (roles.b, roles.r, roles.j)))
         key_mask = None
         if site.select is not None:
             key_mask = self._arranged(site.select.mask, (roles.b, roles.r, roles.j))
             if site.select.keeps:
                 key_mask = self._call(aten.logical_not.default, key_mask)
+            key_mask = self._contiguous(key_mask)
         fill = site.select.fill if site.select is not None else 0.0
         attention = self._call(
             triangle_attention_op.triangle_attention,
@@ -100,6 +101,23 @@ class Lowering:
                 node = self._call(aten.mul.Tensor, node, term.factor.number)
             total = node if total is None else self._call(aten.add.Tensor, total, node)
         return total
+
+    def _contiguous(self, node: fx.Node | None) -> fx.Node | None:
+        """A key term copied into plain order, as one N² pointwise op that fuses with what makes the mask.
+
+        AOTAutograd bakes the strides of a saved tensor into the backward as numbers when Inductor chooses others
+        than it had traced, which it does for a transposed mask of an ending node; under dynamic shapes the next
+        size then fails (seen on torch 2.11).
+        """
+        if node is None:
+            return None
+        example = example_of(node)
+        wanted: Any = 1
+        for size, stride in zip(reversed(example.shape), reversed(example.stride()), strict=True):
+            if not axes.same_size(stride, wanted):
+                return self._call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            wanted = wanted * size
+        return node
 
     def _arranged(self, operand: Operand, groups: tuple[Label, ...], dtype: torch.dtype | None = None) -> fx.Node:
         """The operand with one axis for each group of atoms, broadcast over those it lacks."""

@@ -49,7 +49,9 @@ def check(x: Inputs) -> dict[str, Tensor]:
     for name, value in exact.items():
         # The statistics are float32 whatever q is. The vectorised exp is good to 20 units in the last place.
         is_statistic = name.startswith("row_")
-        floor = 2.5e-6 * value[value.isfinite()].abs().max().item() if is_statistic else 0.0
+        # The others are sums in float32, whose order differs from machine to machine.
+        summed = max(x.q.shape[2], x.k.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps / 2
+        floor = (2.5e-6 if is_statistic else summed) * value[value.isfinite()].abs().max().item()
         by_definition = in_float32[name] if is_statistic else eager[name]
         assert_within_budget(actual[name], by_definition, value, name=name, floor=floor)
     return actual
