@@ -1,13 +1,14 @@
-"""Triangle attention on the CPU against plain Inductor: `python docs/benchmarks/cpu.py [N ...]`.
+"""Triangle attention on the CPU against plain Inductor: `python docs/benchmarks/cpu.py [--threads T] [N ...]`.
 
 Both start from q, k, v as a model has them, heads last in a projection `[1, N, N, H·D]`, and attend as
 OpenFold does, with an additive mask that leaves out the last tenth of the keys. Runs alternate; a figure
-is the median, in milliseconds. Compilation is not counted.
+is the median, in milliseconds; with one thread, of CPU time, which a busy machine disturbs less. Compilation is
+not counted.
 """
 
+import argparse
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,7 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import cpu
 
 H, D = 4, 32
-THREADS = 2
-SECONDS_PER_ROW = 12.0
+SECONDS_PER_PAIR = 12.0
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
@@ -35,12 +35,13 @@ def alternating(*runs: Callable[[], object]) -> list[float]:
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run(), run()
-    end = time.perf_counter() + SECONDS_PER_ROW
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    end = time.perf_counter() + SECONDS_PER_PAIR
     while time.perf_counter() < end or len(times[0]) < 5:
         for run, taken in zip(runs, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [1e3 * statistics.median(taken) for taken in times]
 
 
@@ -84,13 +85,17 @@ def processor() -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(THREADS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("N", type=int, nargs="*", default=[64, 128, 256, 384])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"{processor()}, {capability}, {THREADS} threads, torch {torch.__version__}\n")
+    print(f"{processor()}, {capability}, {arguments.threads} threads, torch {torch.__version__}\n")
     print("| dtype | N | Inductor fwd | ours fwd | Inductor fwd+bwd | ours fwd+bwd | gain fwd | gain fwd+bwd |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        for N in [int(n) for n in sys.argv[1:]] or [64, 128, 256, 384]:
+        for N in arguments.N:
             print(row(N, dtype), flush=True)
 
 

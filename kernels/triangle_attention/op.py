@@ -196,9 +196,7 @@ def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, *
     return 4 * b * r * h * i * k_shape[2] * d
 
 
-def _backward_flops(
-    grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
+def _backward_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     # Five products, the least a backward that recomputes the probabilities can do; two make the forward.
     return _forward_flops(q_shape, k_shape) * 5 // 2
 
@@ -211,10 +209,6 @@ torch.library.register_fake("trifast_inductor::triangle_attention_backward", _fa
 torch.library.register_autograd(
     "trifast_inductor::triangle_attention", _differentiate, setup_context=_save_for_backward, lib=_library
 )
-torch.library.register_autograd(
-    "trifast_inductor::triangle_attention_backward", _refuse_double_backward, lib=_library
-)
+torch.library.register_autograd("trifast_inductor::triangle_attention_backward", _refuse_double_backward, lib=_library)
 torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention)(_forward_flops)
-torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention_backward)(
-    _backward_flops
-)
+torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention_backward)(_backward_flops)

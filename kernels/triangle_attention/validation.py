@@ -33,9 +33,7 @@ def _check_dtypes(tensors: dict[str, Tensor | None]) -> None:
             hint = ": a bool mask is passed as mask=" if t.dtype == torch.bool else ""
             problems.append(f"{name} must be floating point, got {t.dtype}{hint}")
         elif name in ("q", "k", "v") and t.dtype not in DTYPES:
-            problems.append(
-                f"{name} must be one of {', '.join(map(str, DTYPES))}, got {t.dtype}: cast it with .to()"
-            )
+            problems.append(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {t.dtype}: cast it with .to()")
     q = tensors["q"]
     problems += [
         f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}: cast it with {name}.to(q.dtype)"
@@ -102,16 +100,12 @@ def check_op(
     _check_head_size(q)
 
 
-def check_call(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None
-) -> None:
+def check_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None) -> None:
     """Check the arguments of `trifast_inductor.triangle_attention`."""
     named = {"q": q, "k": k, "v": v, "bias": bias, "mask": mask}
     for name, t in named.items():
         if not isinstance(t, Tensor) and not (t is None and name in ("bias", "mask")):
-            raise DtypeError(
-                f"{name} must be a tensor, got {type(t).__name__}: convert it with torch.as_tensor()"
-            )
+            raise DtypeError(f"{name} must be a tensor, got {type(t).__name__}: convert it with torch.as_tensor()")
     axes = {"q": "BHRID", "k": "BHRJD", "v": "BHRJD", "bias": "BHIJ", "mask": "BRJ"}
     _check_shapes(named, axes, "add the missing axes with unsqueeze()")
     _check_dtypes(named)
