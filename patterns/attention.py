@@ -36,7 +36,7 @@ _MAX_STEPS = 64
 
 def find(reading: Reading) -> list[Site | Refusal]:
     """One entry for every softmax whose result is used, in the order of the graph."""
-    return [_look_at(op, reading) for op in reading.ops if op.is_live and op.target and packet(op) in _SOFTMAXES]
+    return [_look_at(op, reading) for op in reading.ops if op.is_live and packet(op) in _SOFTMAXES]
 
 
 def _look_at(softmax: Op, reading: Reading) -> Site | Refusal:
@@ -139,9 +139,8 @@ class _Reader:
         divides = packet(op) is aten.div
         if op.kwargs.get("rounding_mode") is not None:
             raise Declined(Reason.UNKNOWN_OP, "rounded division")
-        if (not divides and not (isinstance(x, Value) and len(x.shape) == len(labels))) or (
-            not divides and isinstance(y, Value) and _reaches_product(y)
-        ):
+        is_logits_sized = isinstance(x, Value) and len(x.shape) == len(labels)
+        if not divides and (not is_logits_sized or (isinstance(y, Value) and _reaches_product(y))):
             x, y = y, x
         by = terms.number_of(y)
         if by is not None and by != 0:
@@ -192,7 +191,7 @@ class _Reader:
             raise Declined(Reason.UNKNOWN_OP, "a tensor scales masked logits")
         above = self._up(x, axes.unbroadcast(labels, x.shape), factor, depth + 1)
         operand = Operand(mask, axes.unbroadcast(labels, mask.shape), read_at=op.time)
-        select = Select(operand, keeps, _scaled_fill(number, factor.number), depth)
+        select = Select(operand, keeps, number * factor.number, depth)
         return dataclasses.replace(above, selects=(select, *above.selects))
 
     def _product(self, op: Op, labels: Labels, factor: Factor, depth: int) -> _Above:
@@ -292,8 +291,7 @@ class _Reader:
 def _check_device(device: torch.device, dtype: torch.dtype) -> None:
     if device.type not in validation.DEVICE_TYPES:
         raise Declined(Reason.DEVICE, device.type)
-    needs_triton = device.type != "cpu" and dtype != torch.float64
-    if needs_triton and importlib.util.find_spec("triton") is None:
+    if validation.needs_triton(device, dtype) and importlib.util.find_spec("triton") is None:
         raise Declined(Reason.NO_TRITON)
 
 
@@ -301,10 +299,6 @@ def _size_of(label: Label, operand: Operand) -> Size:
     """The extent of a label that labels one axis of the operand; 1 when it labels none."""
     sizes = zip(operand.labels, operand.value.shape, strict=True)
     return next((size for axis, size in sizes if label and flat(axis) == flat(label)), 1)
-
-
-def _scaled_fill(fill: float, factor: float) -> float:
-    return fill if factor == 1.0 else fill * factor
 
 
 def _live_readers(value: Value) -> list[Op]:

@@ -188,24 +188,17 @@ def pull(value: Value, labels: Labels) -> tuple[Value, Labels] | None:
         for position, dim in enumerate(order):
             unpermuted[dim] = labels[position]
         return source, tuple(unpermuted)
-    if kind in (aten.expand, aten.slice, aten.repeat):
-        rule = {aten.expand: _pull_expand, aten.slice: _pull_slice, aten.repeat: _pull_repeat}[kind]
-        pulled = rule(op, source, value, labels)
-        return None if pulled is None else (source, pulled)
+    if kind is aten.expand:
+        return source, unbroadcast(labels, source.shape)
+    if kind is aten.repeat:
+        unrepeated = _unrepeated(source, value, labels)
+        return None if unrepeated is None else (source, unrepeated)
     if kind in (aten.select, aten.unbind):
         dim = (op.args[1] if len(op.args) > 1 else 0) % len(source.shape)
         return source, (*labels[:dim], fresh(source.shape[dim]), *labels[dim:])
-    if kind in (aten.split, aten.split_with_sizes, aten.narrow):
+    if kind in (aten.slice, aten.split, aten.split_with_sizes, aten.narrow):
         return source, _cut_labels(source, value, labels)
     return None
-
-
-def _pull_expand(op: Op, source: Value, value: Value, labels: Labels) -> Labels:
-    return unbroadcast(labels, source.shape)
-
-
-def _pull_slice(op: Op, source: Value, value: Value, labels: Labels) -> Labels:
-    return _cut_labels(source, value, labels)
 
 
 def _cut_labels(source: Value, value: Value, labels: Labels) -> Labels:
@@ -216,7 +209,7 @@ def _cut_labels(source: Value, value: Value, labels: Labels) -> Labels:
     )
 
 
-def _pull_repeat(op: Op, source: Value, value: Value, labels: Labels) -> Labels | None:
+def _unrepeated(source: Value, value: Value, labels: Labels) -> Labels | None:
     """`repeat` puts the copies outside: an axis of r copies of n is (r, n), and the source has the n."""
     inner: list[Label] = []
     for label, after, before in zip(labels[::-1], value.shape[::-1], source.shape[::-1], strict=False):

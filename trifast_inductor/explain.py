@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from trifast_inductor.report import Report, Row
-from trifast_inductor.rewrite import rewrite
+from trifast_inductor.rewrite import rewrite_all
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -29,11 +29,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     rows: dict[Any, list[Row]] = {}
 
     def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found = rows[torch._guards.CompileContext.current_compile_id()] = []
-        for module in gm.modules():
-            if isinstance(module, fx.GraphModule):
-                found.extend(rewrite(module.graph))
-                module.recompile()
+        rows[torch._guards.CompileContext.current_compile_id()] = rewrite_all(gm)
         return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
 
     torch.compile(getattr(model, "_orig_mod", model), backend=look)(*args, **kwargs)

@@ -80,6 +80,16 @@ def rewrite(graph: fx.Graph, *, strict: bool = False) -> list[Row]:
     return rows
 
 
+def rewrite_all(gm: fx.GraphModule) -> list[Row]:
+    """Rewrite a module and the bodies that it holds, where no inductor visits them."""
+    rows = []
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            rows += rewrite(module.graph)
+            module.recompile()
+    return rows
+
+
 # Opaque calls, einops' and einx's among them, may hold a softmax of their own; torch's functions show theirs.
 _TRANSPARENT_MODULES = ("torch", "_operator", "builtins", "math")
 

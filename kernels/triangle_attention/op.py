@@ -141,8 +141,7 @@ def _fake_backward(
     row_sum: Tensor,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    has_dbias = bias is not None and needs_dbias
-    dbias = bias.new_empty(bias.shape) if bias is not None and has_dbias else q.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if bias is not None and needs_dbias else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 

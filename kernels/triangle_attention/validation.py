@@ -12,6 +12,11 @@ DEVICE_TYPES = ("cpu", "cuda")
 MAX_HEAD_SIZE = 128
 
 
+def needs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """CPU tensors and float64 are computed in torch."""
+    return device.type != "cpu" and dtype != torch.float64
+
+
 def _raise_all(error: type[Exception], problems: list[str]) -> None:
     if problems:
         raise error("; ".join(problems))
@@ -123,8 +128,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tenso
 
 def _check_head_size(q: Tensor) -> None:
     d = q.shape[-1]
-    runs_in_triton = q.device.type != "cpu" and q.dtype != torch.float64
-    if d < 1 or (runs_in_triton and d > MAX_HEAD_SIZE):
+    if d < 1 or (needs_triton(q.device, q.dtype) and d > MAX_HEAD_SIZE):
         raise ShapeError(
             f"the head size D must lie in 1..{MAX_HEAD_SIZE}, got {d}: split the head, or use eager attention"
         )

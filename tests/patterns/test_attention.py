@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 import trifast_inductor
 from trifast_inductor.patterns.site import Reason
+from trifast_inductor.rewrite import rewrite_all
 
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import SPELLINGS, Projections, inputs
@@ -16,12 +17,7 @@ from .spellings import SPELLINGS, Projections, inputs
 
 def rewriting(gm, example_inputs):
     """The pass, then AOTAutograd without code generation: what the rewrite means, quickly."""
-    from trifast_inductor.rewrite import rewrite
-
-    for module in gm.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            rewrite(module.graph)
-            module.recompile()
+    rewrite_all(gm)
     return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
 
 
