@@ -21,6 +21,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,6 +108,7 @@ class Recorder(TorchDispatchMode):
         self.input_storages: set[int] = set()
         self._current: dict[int, Value] = {}
         self._by_storage: dict[int, list[torch.Tensor]] = {}
+        self._is_paused = False
 
     def value_of(self, tensor: torch.Tensor) -> Value:
         """The current version of a tensor; one never seen is an input."""
@@ -140,6 +142,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         if not torch._C._dispatch_has_kernel(func.name()):  # questions about a tensor: its device, its sizes
             return func(*args, **kwargs)
         with self:
@@ -147,6 +151,20 @@ class Recorder(TorchDispatchMode):
         if decomposed is not NotImplemented:
             return decomposed
         result = func(*args, **kwargs)
+        self._write_down(func, args, kwargs, result)
+        return result
+
+    def run_whole(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that is read as one thing, whatever it is made of."""
+        self._is_paused = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._is_paused = False
+        self._write_down(func, args, kwargs, result)
+        return result
+
+    def _write_down(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         self.time += 1
 
         def as_value(x: Any) -> Any:
@@ -163,7 +181,22 @@ class Recorder(TorchDispatchMode):
         for argument, written in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(written, torch.Tensor):
                 self.note_write(written, op)
-        return result
+
+
+class _Whole(TorchFunctionMode):
+    """Attention called by name is one op, before autograd's dispatch takes it apart."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            func = torch.ops.aten.scaled_dot_product_attention.default
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            return self.recorder.run_whole(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 @dataclasses.dataclass
@@ -206,6 +239,7 @@ def read(graph: fx.Graph) -> Reading | None:
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(fake_mode)
         recorder = stack.enter_context(Recorder())
+        stack.enter_context(_Whole(recorder))
         return _Rerun(graph, fake_mode, recorder).run()
 
 

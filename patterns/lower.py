@@ -6,6 +6,7 @@ writes, which erasing by hand cannot do safely while an alias may be read later.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from trifast_inductor.kernels.triangle_attention import op as triangle_attention
 from trifast_inductor.patterns import axes
 from trifast_inductor.patterns.axes import Extent, Label, Labels, aten, flat
 from trifast_inductor.patterns.canonical import Op, Reading, Value, example_of
-from trifast_inductor.patterns.site import Declined, Operand, Reason, Site, Term
+from trifast_inductor.patterns.site import Declined, Factor, MaskPart, Operand, Reason, Site, Term
 
 
 class Lowering:
@@ -69,38 +70,67 @@ class Lowering:
     def _write(self) -> fx.Node:
         site, roles = self.site, self.site.roles
         q = self._arranged(site.q, (roles.b, roles.r, roles.i, roles.h, roles.c), site.dtype)
-        for tensor, divides in site.scale.tensors:
-            number = self._call(aten.reshape.default, self._node_of(tensor, site.ends_at), [])
-            q = self._call(aten.div.Tensor if divides else aten.mul.Tensor, q, number)
+        q = self._times(q, site.scale, (roles.b, roles.r, roles.i, roles.h, ()))
         if example_of(q).dtype != site.dtype:
             q = self._call(aten.to.dtype, q, site.dtype)
         k = self._arranged(site.k, (roles.b, roles.r, roles.j, roles.h, roles.c), site.dtype)
         v = self._arranged(site.v, (roles.b, roles.r, roles.j, roles.h, roles.d), site.dtype)
-        bias = self._sum(site.biases, (roles.b, roles.h, roles.i, roles.j))
+        bias = self._bias()
         key_bias = self._contiguous(self._sum(site.key_terms, (roles.b, roles.r, roles.j)))
-        key_mask = None
-        if site.select is not None:
-            key_mask = self._arranged(site.select.mask, (roles.b, roles.r, roles.j))
-            if site.select.keeps:
-                key_mask = self._call(aten.logical_not.default, key_mask)
-            key_mask = self._contiguous(key_mask)
-        fill = site.select.fill if site.select is not None else 0.0
+        key_mask = self._contiguous(self._mask(site.masks.keys, (roles.b, roles.r, roles.j)))
+        if key_bias is not None and key_mask is not None:  # only with -inf, which no addend changes
+            key_bias, key_mask = self._call(aten.masked_fill.Scalar, key_bias, key_mask, -math.inf), None
         attention = self._call(
             triangle_attention_op.triangle_attention,
             *(q, k, v, bias, key_bias, key_mask),
-            *(site.scale.number, fill, site.key_term_first),
+            *(site.scale.number, site.masks.fill, site.key_term_first),
+            *((True,) if site.masked_rows_are_zero else ()),
         )
         out = self._call(operator.getitem, attention, 0)
+        masked_queries = self._mask(site.masks.queries, (roles.b, roles.r, roles.i, (), ()))
+        if masked_queries is not None:
+            mean = self._call(aten.mean.dim, v, [2], True)
+            out = self._call(aten.where.self, masked_queries, mean, out)
         return self._back(out)
+
+    def _bias(self) -> fx.Node | None:
+        """All pair biases in one, with -inf where a pair mask fills with it."""
+        roles = self.site.roles
+        groups = (roles.b, roles.h, roles.i, roles.j)
+        bias, mask = self._sum(self.site.biases, groups), self._mask(self.site.masks.pairs, groups)
+        if mask is None:
+            return bias
+        if bias is None:
+            return self._call(aten.where.Scalar, mask, -math.inf, 0.0)
+        return self._call(aten.masked_fill.Scalar, bias, mask, -math.inf)
 
     def _sum(self, terms: Sequence[Term], groups: tuple[Label, ...]) -> fx.Node | None:
         total: fx.Node | None = None
         for term in terms:
             node = self._arranged(term.operand, groups)
+            if not example_of(node).dtype.is_floating_point:
+                node = self._call(aten.to.dtype, node, torch.float32)
             if term.factor.number != 1.0:
                 node = self._call(aten.mul.Tensor, node, term.factor.number)
+            node = self._times(node, term.factor, groups)
             total = node if total is None else self._call(aten.add.Tensor, total, node)
         return total
+
+    def _times(self, node: fx.Node, factor: Factor, groups: tuple[Label, ...]) -> fx.Node:
+        for tensor, divides in factor.tensors:
+            by = self._arranged(tensor, groups)
+            node = self._call(aten.div.Tensor if divides else aten.mul.Tensor, node, by)
+        return node
+
+    def _mask(self, parts: Sequence[MaskPart], groups: tuple[Label, ...]) -> fx.Node | None:
+        """True where any of the parts fills."""
+        union: fx.Node | None = None
+        for part in parts:
+            node = self._arranged(part.operand, groups)
+            if not part.fills_where:
+                node = self._call(aten.logical_not.default, node)
+            union = node if union is None else self._call(aten.logical_or.default, union, node)
+        return union
 
     def _contiguous(self, node: fx.Node | None) -> fx.Node | None:
         """A key term copied into plain order, as one N² pointwise op that fuses with what makes the mask.

@@ -73,13 +73,13 @@ class Reason(enum.Enum):
     )
     QUERY_TERM = (
         "query-term",
-        "an addend or mask depends on the row and the query",
+        "an addend, or a mask that is not the last thing applied, depends on the row and the query",
         "mask the keys; masked queries can be zeroed after the attention",
     )
     PAIR_SELECT = (
         "pair-select",
-        "a boolean mask depends on query and key together",
-        "add a float mask to the pair bias instead",
+        "a boolean mask depends on query and key together, and is no product of a mask for each",
+        "fill with -inf, or add a float mask to the pair bias instead",
     )
     SEVERAL_KEY_TERMS = (
         "several-key-terms",
@@ -173,10 +173,14 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A product of numbers and of tensors that hold one number; `(value, True)` divides."""
+    """A product of a number and of tensors that do not vary over the keys; `(tensor, True)` divides."""
 
     number: float = 1.0
-    tensors: tuple[tuple[Value, bool], ...] = ()
+    tensors: tuple[tuple[Operand, bool], ...] = ()
+
+    @property
+    def atoms(self) -> frozenset[Atom]:
+        return frozenset(atom for tensor, _ in self.tensors for atom in tensor.atoms)
 
     def times(self, other: Factor) -> Factor:
         return Factor(self.number * other.number, self.tensors + other.tensors)
@@ -190,6 +194,15 @@ class Term:
     factor: Factor
     depth: int
 
+    @property
+    def atoms(self) -> frozenset[Atom]:
+        return self.operand.atoms | self.factor.atoms
+
+    @property
+    def requires_grad(self) -> bool:
+        tensors = (self.operand, *(tensor for tensor, _ in self.factor.tensors))
+        return any(tensor.value.requires_grad for tensor in tensors)
+
 
 @dataclasses.dataclass(frozen=True)
 class Select:
@@ -199,6 +212,35 @@ class Select:
     keeps: bool
     fill: float
     depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPart:
+    """A boolean mask that fills where it is `fills_where`."""
+
+    operand: Operand
+    fills_where: bool
+
+    @property
+    def atoms(self) -> frozenset[Atom]:
+        return self.operand.atoms
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Where logits are replaced by `fill`. Keys: a part of the op. Pairs: only with -inf, carried by the bias.
+
+    Queries: only with a finite fill, applied last; such a query weighs all keys alike.
+    """
+
+    fill: float = 0.0
+    keys: tuple[MaskPart, ...] = ()
+    pairs: tuple[MaskPart, ...] = ()
+    queries: tuple[MaskPart, ...] = ()
+
+    @property
+    def all(self) -> tuple[MaskPart, ...]:
+        return (*self.keys, *self.pairs, *self.queries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +261,10 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One triangle attention: out = softmax(scale·q·k + biases ⊕ key term) · v."""
+    """One triangle attention: out = softmax(scale·q·k + biases ⊕ key terms ⊕ masks) · v.
+
+    `masked_rows_are_zero`: a softmax of nothing but -inf gives 0 as SDPA's does, and not NaN.
+    """
 
     softmax: Value
     q: Operand
@@ -228,9 +273,10 @@ class Site:
     out: Operand
     biases: tuple[Term, ...]
     key_terms: tuple[Term, ...]
-    select: Select | None
+    masks: Masks
     scale: Factor
     key_term_first: bool
+    masked_rows_are_zero: bool
     roles: Roles
     dtype: torch.dtype
     ends_at: int

@@ -47,19 +47,27 @@ def row_of(found: Site | Refusal) -> Row:
         )
     roles = found.roles
     by_name = {"B": roles.b, "R": roles.r, "H": roles.h, "I": roles.i, "J": roles.j, "D": roles.d}
-    mask = "none"
-    if found.select is not None:
-        mask = f"select {found.select.fill:g}"
-    elif found.key_terms:
-        mask = "additive"
     return Row(
         rewritten=True,
         location=location(found.softmax),
         sizes={name: _size(label) for name, label in by_name.items()},
         dtype=str(found.dtype).removeprefix("torch."),
         bias="none" if not found.biases else "pair" if len(found.biases) == 1 else f"{len(found.biases)} terms",
-        mask=mask,
+        mask=_mask(found),
     )
+
+
+def _mask(site: Site) -> str:
+    kinds = []
+    if site.key_terms:
+        kinds.append("additive")
+    if site.masks.keys:
+        kinds.append(f"select {site.masks.fill:g}")
+    if site.masks.pairs:
+        kinds.append("pairs -inf")
+    if site.masks.queries:
+        kinds.append("queries")
+    return ", ".join(kinds) or "none"
 
 
 def _size(label: Label) -> str:

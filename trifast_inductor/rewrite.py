@@ -97,7 +97,8 @@ _TRANSPARENT_MODULES = ("torch", "_operator", "builtins", "math")
 def _mentions_softmax(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         if node.op in ("call_function", "call_method"):
-            if "softmax" in str(getattr(node.target, "__name__", node.target)):
+            name = str(getattr(node.target, "__name__", node.target))
+            if "softmax" in name or "attention" in name:
                 return True
             module = getattr(node.target, "__module__", None) or "torch"
             if node.op == "call_function" and module.partition(".")[0] not in _TRANSPARENT_MODULES:

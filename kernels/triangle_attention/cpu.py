@@ -145,7 +145,8 @@ class _Terms:
             x.view(self.kept.dtype).bitwise_and_(chunk.of_keys(self.kept))
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, row maximum and row sum are kept in, by every implementation."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -157,7 +158,7 @@ def _product_dtype(q: Tensor) -> torch.dtype:
     """
     if q.dtype == torch.bfloat16 and q.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
-    return _sum_dtype(q.dtype)
+    return sum_dtype(q.dtype)
 
 
 def forward(
@@ -174,7 +175,7 @@ def forward(
     """Output `[B, R, I, H, D]`, dtype of q; row maximum and row sum `[B, R, H, I]`, float32 or float64."""
     b, r, i, h, d = q.shape
     j = k.shape[2]
-    dtype, product_dtype = _sum_dtype(q.dtype), _product_dtype(q)
+    dtype, product_dtype = sum_dtype(q.dtype), _product_dtype(q)
     out = torch.empty((b, r, i, h, d), dtype=q.dtype, device=q.device)
     row_max, p_max = (torch.empty((b, r, h, i), dtype=dtype, device=q.device) for _ in range(2))
     if out.numel() == 0 or j == 0:
@@ -217,10 +218,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, when asked for, bias: contiguous, in the dtype of their argument.
 
-    What forward saved is not read: softmax anew takes less time than exp(x - row_max).
+    Of what forward saved only the rows set to 0 are read: softmax anew takes less time than exp(x - row_max).
     """
     i, j = q.shape[2], k.shape[2]
-    dtype, product_dtype = _sum_dtype(q.dtype), _product_dtype(q)
+    dtype, product_dtype = sum_dtype(q.dtype), _product_dtype(q)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dbias = None
     if bias is not None and needs_dbias:
@@ -230,6 +231,8 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
 
+    zeroed = (row_max == math.inf).transpose(2, 3).unsqueeze(-1)  # [B, R, I, H, 1]
+    has_zeroed = bool(zeroed.any())
     terms = _Terms.prepare(bias, key_bias, key_mask, scale, fill, key_term_first, dtype)
     buffers = _Buffers(q.device)
     for chunk in () if is_empty else _chunks(q, k, dtype):
@@ -239,6 +242,8 @@ def backward(
         x = buffers.get("x", (*chunk.of_rows(q).shape[:3], i, j), dtype)
         terms.write_logits(x, buffers.cast("q sum", q_, dtype), buffers.cast("k sum", k_, dtype), chunk)
         torch.softmax(x, -1, out=x)
+        if has_zeroed:
+            x.masked_fill_(chunk.of_rows(zeroed), 0.0)
         p = buffers.cast("product", x, product_dtype).flatten(0, 2)
         _store(torch.bmm(p.mT, g_, out=buffers.get("dv", k_.shape, product_dtype)), dv, chunk)
         dp = buffers.get("product", x.shape, product_dtype)  # in place of p, if that was a copy

@@ -13,14 +13,17 @@ Source: Jumper et al. 2021, Supplementary Algorithms 13 and 14; r is the row tha
 | key_bias | [B, R, J] | optional; any float dtype; added in float32; no gradient |
 | key_mask | [B, R, J] bool | optional, True where the logit is replaced by `fill`; excludes key_bias |
 | key_term_first | bool | the key term meets the logits before the bias, not after it |
+| masked_rows_are_zero | bool | nothing but -inf gives 0, forward and backward, as SDPA has it; else NaN, as softmax |
 
 Returns out `[B, R, I, H, D]` contiguous in the dtype of q, and the row maximum and row sum `[B, R, H, I]` in
 float32 (float64 for float64). They are saved apart: at a maximum of -1e9 their log-sum loses log J. A row whose keys
-are all masked behaves as eager does: additive and finite fill give the softmax of what is there, -inf gives NaN.
+are all masked behaves as eager does: additive and finite fill give the softmax of what is there, -inf gives NaN. A
+row maximum of +inf marks a row that was set to 0.
 
 This file imports torch only; Triton is imported when a kernel is launched.
 """
 
+import math
 import os
 from typing import Any
 
@@ -38,7 +41,7 @@ _TERMS = (
 
 _library = torch.library.Library("trifast_inductor", "DEF")
 _library.define(
-    f"triangle_attention({_TERMS}) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+    f"triangle_attention({_TERMS}, bool masked_rows_are_zero=False) -> (Tensor out, Tensor row_max, Tensor row_sum)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 _library.define(
@@ -49,11 +52,6 @@ _library.define(
 
 triangle_attention = torch.ops.trifast_inductor.triangle_attention.default
 triangle_attention_backward = torch.ops.trifast_inductor.triangle_attention_backward.default
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Row maximum and row sum are kept in float32, and in float64 when everything is."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _runs_in_torch(q: Tensor) -> bool:
@@ -71,13 +69,27 @@ def _forward(
     scale: float,
     fill: float,
     key_term_first: bool,
+    masked_rows_are_zero: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     validation.check_op(q, k, v, bias, key_bias, key_mask)
+    arguments = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
     if _runs_in_torch(q):
-        return cpu.forward(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    from trifast_inductor.kernels.triangle_attention import forward
+        result = cpu.forward(*arguments)
+    else:
+        from trifast_inductor.kernels.triangle_attention import forward
 
-    return forward.launch(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+        result = forward.launch(*arguments)
+    if masked_rows_are_zero:
+        _zero_masked_rows(*result)
+    return result
+
+
+def _zero_masked_rows(out: Tensor, row_max: Tensor, row_sum: Tensor) -> None:
+    """A maximum of +inf makes every probability that the backward recomputes 0."""
+    masked = row_max == -math.inf
+    out.masked_fill_(masked.transpose(2, 3)[..., None], 0.0)
+    row_max.masked_fill_(masked, math.inf)
+    row_sum.masked_fill_(masked, 1.0)
 
 
 def _backward(
@@ -114,10 +126,11 @@ def _fake_forward(
     scale: float,
     fill: float,
     key_term_first: bool,
+    masked_rows_are_zero: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     validation.check_op(q, k, v, bias, key_bias, key_mask)
     b, r, i, h, d = q.shape
-    statistics = statistics_dtype(q.dtype)
+    statistics = cpu.sum_dtype(q.dtype)
     return (
         q.new_empty((b, r, i, h, d)),
         q.new_empty((b, r, h, i), dtype=statistics),
@@ -146,7 +159,7 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first = inputs
+    q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, _ = inputs
     out, row_max, row_sum = output
     if key_bias is not None and ctx.needs_input_grad[4]:
         raise DtypeError(
@@ -161,7 +174,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 9
+        return (None,) * 10
     q, k, v, bias, key_bias, key_mask, out, row_max, row_sum = ctx.saved_tensors
     needs_dbias = bias is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dbias = triangle_attention_backward(
@@ -180,7 +193,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor |
         row_sum,
         needs_dbias,
     )
-    return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None
+    return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx: Any, *grads: Any) -> None:

@@ -86,10 +86,35 @@ class LearnedQueryTerm(NearMiss):
         return super().biased(a, x, mask)
 
 
-class MaskedQueries(NearMiss):
+class MaskedQueriesBeforeTheBias(NearMiss):
+    """A masked query then weighs its keys by the bias alone, which the op cannot do."""
+
     def biased(self, a: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        a = super().biased(a, x, mask)
-        return a.masked_fill(mask[:, :, None, :, None] == 0, -1e9)
+        return super().biased(a.masked_fill(mask[:, :, None, :, None] == 0, -1e9), x, mask)
+
+
+class AddedQueryMask(NearMiss):
+    """Constant along the keys, so without meaning but for its rounding, which is eager's own."""
+
+    def biased(self, a: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return super().biased(a, x, mask) + (1e9 * (mask - 1))[:, :, None, :, None]
+
+
+class AttentionByNameAlone(NearMiss):
+    """SDPA with a key mask only: inductor's own kernels take it."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.transpose(2, 3) for t in self.heads(x))
+        kept = (mask > 0).index_fill(-1, torch.zeros(1, dtype=torch.long, device=x.device), True)[:, :, None, None, :]
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+        return self.gated(o.transpose(2, 3).flatten(-2), x)
+
+
+class CausalByName(NearMiss):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.transpose(2, 3) for t in self.heads(x))
+        o = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.gated(o.transpose(2, 3).flatten(-2), x)
 
 
 class WindowMask(NearMiss):
@@ -237,7 +262,10 @@ NEAR_MISSES: list[tuple[type[NearMiss], Reason]] = [
     (BiasOfItsOwnForEveryRow, Reason.FULL_TERM),
     (LearnedKeyTerm, Reason.TERM_NEEDS_GRADIENT),
     (LearnedQueryTerm, Reason.QUERY_TERM),
-    (MaskedQueries, Reason.SEVERAL_KEY_TERMS),
+    (MaskedQueriesBeforeTheBias, Reason.QUERY_TERM),
+    (AddedQueryMask, Reason.QUERY_TERM),
+    (AttentionByNameAlone, Reason.PLAIN_ATTENTION),
+    (CausalByName, Reason.PAIR_SELECT),
     (WindowMask, Reason.PAIR_SELECT),
     (TwoSelects, Reason.SEVERAL_KEY_TERMS),
     (SelectAndAddend, Reason.SEVERAL_KEY_TERMS),

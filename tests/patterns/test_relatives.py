@@ -1,0 +1,35 @@
+"""Each relative is rewritten as often as it should be, and agrees with eager in output and gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from .relatives import RELATIVES, Relative
+from .test_attention import rewriting
+
+
+def gradients(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    first = inputs[0].clone().requires_grad_()
+    out = model(first, *inputs[1:])
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    found = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+    return {"out": out.detach(), "first input": first.grad, **{n: g for n, g in found.items() if g is not None}}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: r.__name__)
+def test_relative_is_rewritten_and_agrees(relative: type[Relative], dynamic: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = relative().double()
+    inputs = relative.example(2, 12, torch.float64)
+    expected = gradients(copy.deepcopy(model), inputs)
+    actual = gradients(torch.compile(model, backend=rewriting, dynamic=dynamic), inputs)
+    assert counters["trifast"] == {"rewritten": relative.rewrites}
+    for name, value in expected.items():
+        near = relative.tolerance
+        torch.testing.assert_close(actual[name], value, rtol=near, atol=near, msg=lambda t, name=name: f"{name}: {t}")
