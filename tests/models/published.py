@@ -44,13 +44,7 @@ def protenix() -> ModuleType:
 
 def alphafold3_pytorch() -> ModuleType:
     package = "alphafold3_pytorch"
-    _require(package)
-    if package not in sys.modules:
-        # Its __init__ imports the trainer and the data pipeline; the file of the model does without.
-        spec = importlib.util.find_spec(package)
-        assert spec is not None
-        spec.loader = None
-        sys.modules[package] = importlib.util.module_from_spec(spec)
+    _without_init(package)
     nothing_of = (
         *(f"{package}.{part}" for part in ("inputs", "common", "nlm", "plm")),
         *("Bio", "huggingface_hub", "torch_einops_utils"),
@@ -62,6 +56,23 @@ def alphafold3_pytorch() -> ModuleType:
         "sh": {"which": _no_command, "ErrorReturnCode_1": _NoCommandError},
     }
     return _load(f"{package}.alphafold3", {**{name: {} for name in nothing_of}, **some_of})
+
+
+def alphafold2_pytorch() -> ModuleType:
+    package = "alphafold2_pytorch"
+    _without_init(package)
+    nothing_of = (f"{package}.utils", f"{package}.mlm", "invariant_point_attention", "pytorch3d")
+    return _load(f"{package}.alphafold2", {name: {} for name in nothing_of})
+
+
+def _without_init(package: str) -> None:
+    """The package with its files but without what its __init__ imports: a trainer, a data pipeline."""
+    _require(package)
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        spec.loader = None
+        sys.modules[package] = importlib.util.module_from_spec(spec)
 
 
 class _NoSettings:
