@@ -31,3 +31,7 @@ class DoubleBackwardError(TrifastError, NotImplementedError):
 
 class DeclinedError(TrifastError, RuntimeError):
     """Under `strict=True`: something that looks like triangle attention was not rewritten."""
+
+
+class FactoryError(TrifastError, ValueError):
+    """What `explain` was asked to call does not give a model and its arguments."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from trifast_inductor.kernels.triangle_attention.op import implementation
 from trifast_inductor.patterns.axes import Label, flat
 from trifast_inductor.patterns.canonical import Value
 from trifast_inductor.patterns.site import Refusal, Site
@@ -17,7 +18,11 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One softmax. `sizes` maps the roles B, R, H, I, J, D to their sizes when it was rewritten."""
+    """One softmax.
+
+    `sizes` maps the roles B, R, H, I, J, D to their sizes when it was rewritten; `kernel` is what runs there:
+    "triton" on CUDA, "torch" (a few rows at a time) for CPU tensors and float64.
+    """
 
     rewritten: bool
     location: str
@@ -25,6 +30,7 @@ class Row:
     dtype: str = ""
     bias: str = ""
     mask: str = ""
+    kernel: str = ""
     reason: str = ""
     message: str = ""
     looks_like_attention: bool = True
@@ -33,7 +39,7 @@ class Row:
         if not self.rewritten:
             return f"declined: {self.message}"
         sizes = " ".join(f"{role}={size}" for role, size in self.sizes.items())
-        return f"{sizes} {self.dtype}, bias: {self.bias}, mask: {self.mask}"
+        return f"{sizes} {self.dtype}, bias: {self.bias}, mask: {self.mask}, kernel: {self.kernel}"
 
 
 def row_of(found: Site | Refusal) -> Row:
@@ -54,6 +60,7 @@ def row_of(found: Site | Refusal) -> Row:
         dtype=str(found.dtype).removeprefix("torch."),
         bias="none" if not found.biases else "pair" if len(found.biases) == 1 else f"{len(found.biases)} terms",
         mask=_mask(found),
+        kernel=implementation(found.q.value.tensor.device, found.dtype),
     )
 
 

@@ -54,9 +54,15 @@ triangle_attention = torch.ops.trifast_inductor.triangle_attention.default
 triangle_attention_backward = torch.ops.trifast_inductor.triangle_attention_backward.default
 
 
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs: "torch" for CPU tensors and float64, else "triton"; TRITON_INTERPRET=1 runs that on the CPU too."""
+    if dtype == torch.float64 or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+        return "torch"
+    return "triton"
+
+
 def _runs_in_torch(q: Tensor) -> bool:
-    """CPU tensors and float64; TRITON_INTERPRET=1 runs the Triton kernels on the CPU instead."""
-    return q.dtype == torch.float64 or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1")
+    return implementation(q.device, q.dtype) == "torch"
 
 
 def _forward(
