@@ -201,12 +201,16 @@ class _Whole(TorchFunctionMode):
 
 @dataclasses.dataclass
 class Reading:
-    """The whole graph, read. `outputs_of[node]` is the Value a user's node returned."""
+    """The whole graph, read. `outputs_of[node]` is the Value a user's node returned.
+
+    `bodies` are the graphs of regions that were read through, `unread` the nodes that had to be taken as inputs.
+    """
 
     ops: list[Op]
     writes: list[Write]
     outputs_of: dict[fx.Node, Value]
     unread: list[fx.Node]
+    bodies: list[fx.Graph]
 
     def written_between(self, value: Value, start: int, end: int) -> bool:
         """Whether the storage of a value may have changed after `start` and up to `end`."""
@@ -223,6 +227,33 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
 
 # Nodes that only switch a global state which the reading holds still: gradients are off throughout.
 _SKIPPED_STATE = {"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode", "inference_mode"}
+
+
+def region_body(node: fx.Node) -> fx.Graph | None:
+    """The graph that a node runs as a part of its own, under another autocast or gradient mode; None for the rest.
+
+    Export cuts such a region out into a body of its own, so an attention may lie on both sides of the cut:
+    OpenFold's softmax is alone in an autocast region.
+    """
+    position = _BODY_AT.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
+    if position is None or len(node.args) <= position:
+        return None
+    body = node.args[position]
+    if not isinstance(body, fx.Node) or body.op != "get_attr":
+        return None
+    module = _attribute(node.graph, str(body.target))
+    return module.graph if isinstance(module, fx.GraphModule) else None
+
+
+# Where among its arguments such a call has its body; those of the body follow.
+_BODY_AT = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
+
+
+def _attribute(graph: fx.Graph, path: str) -> Any:
+    found: Any = graph.owning_module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def read(graph: fx.Graph) -> Reading | None:
@@ -251,6 +282,7 @@ class _Rerun:
         self.env: dict[fx.Node, Any] = {}
         self.unread: list[fx.Node] = []
         self.roots: list[Value] = []
+        self.bodies: list[fx.Graph] = []
 
     def run(self) -> Reading:
         outputs_of: dict[fx.Node, Value] = {}
@@ -265,7 +297,22 @@ class _Rerun:
                     value.nodes.append(node)
                     outputs_of[node] = value
         self._mark_live()
-        return Reading(self.recorder.ops, self.recorder.writes, outputs_of, self.unread)
+        return Reading(self.recorder.ops, self.recorder.writes, outputs_of, self.unread, self.bodies)
+
+    def _through(self, node: fx.Node, body: fx.Graph) -> Any:
+        """The results of a region, re-run node by node. None of its nodes stands for a value of the outer graph."""
+        name = getattr(node.target, "__name__", "")
+        arguments = fx.node.map_arg(node.args[_BODY_AT[name] + 1 :], self.env.__getitem__)
+        placeholders = [inner for inner in body.nodes if inner.op == "placeholder"]
+        self.env.update(zip(placeholders, arguments, strict=True))
+        with _autocast_left_as_found() as regions:
+            if name == "wrap_with_autocast":
+                regions.append(torch.amp.autocast_mode._enter_autocast(*node.args[: _BODY_AT[name]]))
+            for inner in body.nodes:
+                if inner.op not in ("placeholder", "output"):
+                    self.env[inner] = self._evaluate(inner, regions)
+        self.bodies.append(body)
+        return fx.node.map_arg(body.output_node().args[0], self.env.__getitem__)
 
     def _evaluate(self, node: fx.Node, regions: list[Any]) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -275,10 +322,17 @@ class _Rerun:
             return None
         if name in ("_enter_autocast", "_exit_autocast"):
             return self._switch_autocast(node, name, regions)
-        if not self._can_rerun(node):
+        if node.meta.get("unbacked_bindings"):
+            # A size that only the data know: run again, it would be another, of which nothing is known.
+            self._escape(node)
+            return self._input(node)
+        body = region_body(node)
+        if body is None and not self._can_rerun(node):
             return self._unread(node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         try:
+            if body is not None:
+                return self._through(node, body)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)
@@ -299,9 +353,7 @@ class _Rerun:
     def _input(self, node: fx.Node) -> Any:
         example = example_of(node)
         if example is None and node.op == "get_attr":
-            example = self.graph.owning_module
-            for part in str(node.target).split("."):
-                example = getattr(example, part)
+            example = _attribute(node.graph, str(node.target))
         return pytree.tree_map(self._as_input, example)
 
     def _as_input(self, leaf: Any) -> Any:

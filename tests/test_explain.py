@@ -1,8 +1,12 @@
 """The report: what a person reads and what a program reads."""
 
+import json
+
+import pytest
 import torch
 
 import trifast_inductor
+from trifast_inductor.__main__ import main
 
 from .patterns.near_misses import DropoutOn, SoftmaxOfAProjection
 from .patterns.spellings import EinsumHeadsLast, MatmulInPlace, inputs
@@ -45,7 +49,9 @@ def test_table() -> None:
         "bias:",
         "pair,",
         "mask:",
-        "additive",
+        "additive,",
+        "kernel:",
+        "torch",
     ]
     assert "mask: select -1e+09" in lines[3]
     assert lines[5].strip() == "declined: dropout is on: call model.eval() or set p=0"
@@ -77,3 +83,41 @@ def test_a_compile_that_starts_over_is_reported_once() -> None:
     with torch._dynamo.config.patch(assume_static_by_default=False):
         found = trifast_inductor.explain(MatmulInPlace(), *inputs(MatmulInPlace))
     assert (found.rewritten, found.graphs) == (1, 1)
+
+
+def block_and_inputs() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """What the command line is pointed at."""
+    return Block(), inputs(MatmulInPlace)
+
+
+def not_a_pair() -> torch.nn.Module:
+    return Block()
+
+
+HERE = __name__
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    assert main(["explain", f"{HERE}:block_and_inputs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "3 rewritten, 1 declined, 1 other softmax in 1 graph"
+
+
+def test_command_line_as_json_and_strict(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    assert main(["explain", "--json", "--strict", "--inference", f"{HERE}:block_and_inputs"]) == 1
+    assert json.loads(capsys.readouterr().out)["declined"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_colon", "write a colon"),
+        ("no.such.module:f", "cannot be imported"),
+        (f"{HERE}:nothing", "has no function 'nothing'"),
+        (f"{HERE}:not_a_pair", "must return"),
+    ],
+)
+def test_command_line_says_what_is_wrong(path: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", path]) == 2
+    assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from trifast_inductor.patterns.canonical import Value
 from trifast_inductor.patterns.site import Refusal, Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+UNKNOWN_LOCATION = "unknown location"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +85,14 @@ def _size(label: Label) -> str:
 
 def location(value: Value) -> str:
     """`file:line (function)` of the user's code, from the nearest node that knows."""
-    for node in _nearest_nodes(value):
-        frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-        if frames:
-            return "{file}:{line} ({function})".format(**frames[-1].groupdict())
-    return "unknown location"
+    places = (location_of(node) for node in _nearest_nodes(value))
+    return next((place for place in places if place != UNKNOWN_LOCATION), UNKNOWN_LOCATION)
+
+
+def location_of(node: fx.Node) -> str:
+    """`file:line (function)` of the user's code that made a node."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return "{file}:{line} ({function})".format(**frames[-1].groupdict()) if frames else UNKNOWN_LOCATION
 
 
 def _nearest_nodes(value: Value) -> list[fx.Node]:

@@ -21,7 +21,7 @@ from trifast_inductor.errors import DeclinedError
 from trifast_inductor.patterns import attention, axes, canonical
 from trifast_inductor.patterns.lower import Lowering
 from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
-from trifast_inductor.report import Row, row_of
+from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
 
 log = logging.getLogger(__name__)
 GraphPass = Callable[[fx.Graph], None]
@@ -60,18 +60,12 @@ class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor 
 
 def rewrite(graph: fx.Graph, *, strict: bool = False) -> list[Row]:
     """Rewrite a graph in place and say what was done; never fails, unless `strict` and something was declined."""
-    if not _mentions_softmax(graph):
-        return []
     try:
-        found = _rewrite(graph)
+        rows, read_through = _rewrite(graph) if _mentions_softmax(graph) else ([], [])
     except Exception:
         log.warning("the graph could not be read; it is compiled as it is", exc_info=True)
-        counters["trifast"]["declined"] += 1
-        counters["trifast"][f"declined: {Reason.UNREADABLE.slug}"] += 1
-        if strict:
-            raise
-        return []
-    rows = [row_of(entry) for entry in found]
+        rows, read_through = [_unreadable("an exception, which the log shows")], []
+    rows = _settled(graph, rows, read_through)
     _count(rows)
     _log(rows)
     declined = [row for row in rows if not row.rewritten and row.looks_like_attention]
@@ -81,9 +75,9 @@ def rewrite(graph: fx.Graph, *, strict: bool = False) -> list[Row]:
 
 
 def rewrite_all(gm: fx.GraphModule) -> list[Row]:
-    """Rewrite a module and the bodies that it holds, where no inductor visits them."""
+    """Rewrite a module and the bodies that it holds, where no inductor visits them: bodies first, as it does."""
     rows = []
-    for module in gm.modules():
+    for module in reversed(list(gm.modules())):
         if isinstance(module, fx.GraphModule):
             rows += rewrite(module.graph)
             module.recompile()
@@ -96,41 +90,82 @@ _TRANSPARENT_MODULES = ("torch", "_operator", "builtins", "math")
 
 def _mentions_softmax(graph: fx.Graph) -> bool:
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            name = str(getattr(node.target, "__name__", node.target))
-            if "softmax" in name or "attention" in name:
-                return True
+        if _is_softmax(node) or "scaled_dot_product" in str(getattr(node.target, "__name__", node.target)):
+            return True
+        if node.op == "call_function":
             module = getattr(node.target, "__module__", None) or "torch"
-            if node.op == "call_function" and module.partition(".")[0] not in _TRANSPARENT_MODULES:
+            if module.partition(".")[0] not in _TRANSPARENT_MODULES:
+                return True
+            body = canonical.region_body(node)
+            if body is not None and _mentions_softmax(body):
                 return True
     return False
 
 
-def _rewrite(graph: fx.Graph) -> list[Site | Refusal]:
+def _is_softmax(node: fx.Node) -> bool:
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        return "softmax" in type(node.graph.owning_module.get_submodule(str(node.target))).__name__.lower()
+    return node.op in ("call_function", "call_method") and "softmax" in str(
+        getattr(node.target, "__name__", node.target)
+    )
+
+
+def _rewrite(graph: fx.Graph) -> tuple[list[Row], list[fx.Graph]]:
+    """What became of each softmax, and the bodies of regions whose softmaxes are among them."""
     fake_mode = canonical.fake_mode_of(graph)
     before = canonical.read(graph)
     if before is None or fake_mode is None:
-        return []
+        return [_unreadable("its nodes carry no example values")], []
     found = attention.find(before)
     lowered: dict[int, Lowering] = {}
-    for index, site in enumerate(found):
-        if isinstance(site, Site):
-            lowering = Lowering(site, graph, before, fake_mode)
-            try:
-                lowering.apply()
-            except Declined as declined:
-                found[index] = Refusal(site.softmax, declined.reason, declined.detail)
-            else:
-                lowered[index] = lowering
-    if lowered and not _reads_as_before(graph, before):
-        for lowering in lowered.values():
-            lowering.restore_strides()
-        if not _reads_as_before(graph, before):
-            for index, lowering in lowered.items():
-                lowering.undo()
-                site = found[index]
-                found[index] = Refusal(site.softmax, Reason.UNREADABLE, "the rewritten graph does not run")
-    return found
+    try:
+        for index, site in enumerate(found):
+            if isinstance(site, Site):
+                lowering = Lowering(site, graph, before, fake_mode)
+                refusal = _lower(lowering)
+                if refusal is None:
+                    lowered[index] = lowering
+                else:
+                    found[index] = refusal
+        if lowered and not _reads_as_before(graph, before):
+            for lowering in lowered.values():
+                lowering.restore_strides()
+            if not _reads_as_before(graph, before):
+                _undo(lowered)
+                for index, lowering in lowered.items():
+                    softmax = lowering.site.softmax
+                    found[index] = Refusal(softmax, Reason.UNREADABLE, "the rewritten graph does not run")
+    except BaseException:
+        _undo(lowered)
+        raise
+    unread = [_unreadable("the softmax cannot be re-run", node) for node in before.unread if _is_softmax(node)]
+    return [*map(row_of, found), *unread], before.bodies
+
+
+def _lower(lowering: Lowering) -> Refusal | None:
+    """Write one site into the graph, or leave the graph as it is and say why."""
+    softmax = lowering.site.softmax
+    try:
+        lowering.apply()
+    except Declined as declined:
+        return Refusal(softmax, declined.reason, declined.detail)
+    except Exception as error:
+        log.warning("a site could not be lowered; it is compiled as it is", exc_info=True)
+        return Refusal(softmax, Reason.UNREADABLE, f"its replacement cannot be written: {type(error).__name__}")
+    return None
+
+
+def _undo(lowered: dict[int, Lowering]) -> None:
+    # The last first: a site may read nodes, of sizes above all, that an earlier one wrote.
+    for lowering in reversed(lowered.values()):
+        lowering.undo()
+
+
+def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
+    reason = Reason.UNREADABLE
+    where = UNKNOWN_LOCATION if node is None else location_of(node)
+    message = f"{reason.sentence} ({detail}): {reason.way_out}"
+    return Row(rewritten=False, location=where, reason=reason.slug, message=message)
 
 
 def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
@@ -144,6 +179,30 @@ def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
         if value.escapes and node in after.outputs_of
         for was, now in zip(value.tensor.stride(), after.outputs_of[node].tensor.stride(), strict=True)
     )
+
+
+# Refusals in bodies that export cut out of a program, until the graph around them has been read. Inductor visits a
+# body before that graph, which may read through it and find the rest of the attention.
+_held: weakref.WeakKeyDictionary[fx.Graph, list[Row]] = weakref.WeakKeyDictionary()
+
+
+def _settled(graph: fx.Graph, rows: list[Row], read_through: list[fx.Graph]) -> list[Row]:
+    """The rows that are final: of a body cut out by export what was rewritten, and else those held of its bodies."""
+    if _held and graph.owning_module is not None:
+        for module in graph.owning_module.children():
+            if isinstance(module, fx.GraphModule):
+                held = _held.pop(module.graph, [])
+                rows = rows if module.graph in read_through else rows + held
+    if rows and _is_cut_out(graph):
+        _held[graph] = [row for row in rows if not row.rewritten]
+        return [row for row in rows if row.rewritten]
+    return rows
+
+
+def _is_cut_out(graph: fx.Graph) -> bool:
+    """Export marks the program that it returns; the bodies inside carry no marks."""
+    exported = any("val" in node.meta and "example_value" not in node.meta for node in graph.nodes)
+    return exported and not getattr(graph.owning_module, "meta", {})
 
 
 # For each compile of Dynamo's that is under way: which attempt at it was counted last, and what that counted.
