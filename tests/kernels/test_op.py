@@ -105,6 +105,45 @@ def test_statistics_are_not_differentiable_and_unused_output_costs_nothing() -> 
     assert row_max.shape == row_sum.shape == (B, R, H, I)
 
 
+@pytest.mark.parametrize("by", ["key_mask", "key_bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_masked_rows_are_zero_as_in_sdpa(dtype: torch.dtype, by: str) -> None:
+    """Nothing but -inf: 0 and no gradient, whichever term brought it; all other rows as without the flag."""
+    given = arguments(dtype, key_term="none", requires_grad=False)
+    q, k, v, bias = given[:4]
+    lost = torch.zeros(B, R, H, I, dtype=torch.bool, device=DEVICE)
+    if by == "bias":
+        bias[1, 0, 2] = -torch.inf
+        lost[1, :, 0, 2] = True
+    else:
+        masked = torch.zeros(B, R, J, dtype=torch.bool, device=DEVICE)
+        masked[1, 2], masked[0, 0, 3] = True, True
+        lost[1, 2] = True
+        given[5 if by == "key_mask" else 4] = masked if by == "key_mask" else torch.where(masked, -torch.inf, 0.0)
+    given[7] = -torch.inf
+    for t in (q, k, v, bias):
+        t.requires_grad_()
+    grad_out = torch.randn(B, R, I, H, D, device=DEVICE).to(dtype)
+
+    def run(*flag: bool) -> list[Tensor]:
+        out = op.triangle_attention(*given, *flag)[0]
+        return [out, *torch.autograd.grad(out, given[:4], grad_out * ~lost.transpose(2, 3)[..., None])]
+
+    zeroed = run(True)
+    assert all(torch.isfinite(t).all() for t in zeroed)
+    assert (zeroed[0].transpose(2, 3)[lost] == 0).all()
+    assert (zeroed[1].transpose(2, 3)[lost] == 0).all()
+    kept = ~lost.transpose(2, 3)
+    plain = op.triangle_attention(*given)[0]
+    assert plain[~kept].isnan().all()
+    assert torch.equal(plain[kept], zeroed[0][kept])
+    if dtype == torch.float64:
+        x = reference.logits(q, k, bias, *given[4:])
+        p = x.softmax(-1).nan_to_num(0.0).detach()
+        dv = torch.einsum("brhij,brihd->brjhd", p, grad_out * kept[..., None])
+        torch.testing.assert_close(zeroed[3], dv)
+
+
 def test_flops_are_counted() -> None:
     given = arguments(torch.float32)
     with FlopCounterMode(display=False) as counter:

@@ -213,11 +213,11 @@ def main() -> int:
         for some_counts, some_failures in pool.imap_unordered(_run_star, portions):
             counts += some_counts
             failures += some_failures
+            for failure in some_failures:
+                print(f"\n{failure}", flush=True)
             done = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES)
             print(f"\r{sum(counts.values())} modules in {time.monotonic() - start:.0f} s: {done}", end="", flush=True)
     print()
-    for failure in failures[:50]:
-        print(failure)
     return 1 if failures else 0
 
 

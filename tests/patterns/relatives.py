@@ -183,7 +183,7 @@ class RowsInChunks(Relative):
 class ScaledDotProduct(Relative):
     """SDPA, given the sum of bias and mask expanded to [B*N, H, N, N]."""
 
-    seen_in = "Chai-1-like, F.scaled_dot_product_attention"
+    seen_in = "F.scaled_dot_product_attention in other public models"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         B, N = x.shape[:2]
@@ -220,7 +220,7 @@ class ScaledDotProductMaskedRows(ScaledDotProduct):
 class NanToNum(Relative):
     """-inf for masked keys, and NaN of wholly masked rows set to 0 after the softmax."""
 
-    seen_in = "RoseTTAFold-like"
+    seen_in = "other public models"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -234,7 +234,7 @@ class NanToNum(Relative):
 class CausalPairs(Relative):
     """A pair mask of -inf, the same for all rows: exactly a bias."""
 
-    seen_in = "windowed pair attention"
+    seen_in = "a mask over pairs"
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)

@@ -141,13 +141,13 @@ def broadcast_sum(left: Tensor, right: Tensor, ll: Layout, rl: Layout, ol: Layou
 
 CONTRACTIONS = table(
     ("einsum", "RoseTTAFold2, any letters and orders", einsum),
-    ("einsum with ellipsis", "OpenFold's relatives", einsum_ellipsis),
+    ("einsum with ellipsis", "other public models", einsum_ellipsis),
     ("einops.einsum", "lucidrains", einops_einsum),
     ("matmul", "OpenFold, boltz, protenix, ESMFold", matmul),
-    ("@", "Chai-1-like", at_sign),
-    ("bmm", "folded heads", bmm),
-    ("baddbmm", "folded heads", baddbmm),
-    ("multiply and sum", "broadcasting by hand", broadcast_sum),
+    ("@", "other public models", at_sign),
+    ("bmm", "other public models", bmm),
+    ("baddbmm", "other public models", baddbmm),
+    ("multiply and sum", "other public models", broadcast_sum),
 )
 ANY_ORDER = ("einsum", "einops.einsum")
 
@@ -167,9 +167,9 @@ SCALES = table(
     ("t * d**-0.5", "lucidrains", lambda t, d: t * d**-0.5),
     ("t / sqrt(d)", "boltz", lambda t, d: t / math.sqrt(d)),
     ("t /= sqrt(d)", "OpenFold", lambda t, d: t.div_(math.sqrt(d))),
-    ("t.mul(d**-0.5)", "UniFold", lambda t, d: t.mul(d**-0.5)),
-    ("rsqrt of a tensor", "RoseTTAFold", _rsqrt),
-    ("0-d tensor", "protenix", _zero_dim),
+    ("t.mul(d**-0.5)", "other public models", lambda t, d: t.mul(d**-0.5)),
+    ("rsqrt of a tensor", "other public models", _rsqrt),
+    ("0-d tensor", "other public models", _zero_dim),
 )
 
 # Masks: (logits, mask bool True = kept fitted to the logits, fill or -inf value)
@@ -189,16 +189,16 @@ def _where_tensor(a: Tensor, kept: Tensor, big: float) -> Tensor:
 
 
 MASKS = table(
-    ("none", "training without padding", lambda a, kept, big: a),
+    ("none", "other public models", lambda a, kept, big: a),
     ("a + inf * (mask - 1)", "OpenFold", _additive),
-    ("a += inf * (mask - 1)", "OpenFold, inference", _additive_in_place),
-    ("a - inf * (1 - mask)", "ESMFold relatives", lambda a, kept, big: a - big * (1 - kept.to(a.dtype))),
+    ("a += inf * (mask - 1)", "other public models", _additive_in_place),
+    ("a - inf * (1 - mask)", "other public models", lambda a, kept, big: a - big * (1 - kept.to(a.dtype))),
     ("masked_fill", "lucidrains", lambda a, kept, big: a.masked_fill(~kept, -big)),
     ("masked_fill_", "alphafold2-pytorch", lambda a, kept, big: a.masked_fill_(~kept, -big)),
     ("where(mask, a, number)", "alphafold3-pytorch", lambda a, kept, big: torch.where(kept, a, -big)),
-    ("where(~mask, number, a)", "Chai-1-like", lambda a, kept, big: torch.where(~kept, -big, a)),
-    ("where(mask, a, full)", "RoseTTAFold All-Atom", _where_tensor),
-    ("masked_fill(-inf)", "HelixFold-like", lambda a, kept, big: a.masked_fill(~kept, -math.inf)),
+    ("where(~mask, number, a)", "other public models", lambda a, kept, big: torch.where(~kept, -big, a)),
+    ("where(mask, a, full)", "other public models", _where_tensor),
+    ("masked_fill(-inf)", "other public models", lambda a, kept, big: a.masked_fill(~kept, -math.inf)),
     ("finfo.min", "boltz", lambda a, kept, big: a.masked_fill(~kept, torch.finfo(a.dtype).min)),
     ("-finfo.max", "lucidrains", lambda a, kept, big: a.masked_fill(~kept, -torch.finfo(a.dtype).max)),
 )
@@ -224,15 +224,15 @@ SOFTMAXES = table(
     ("F.softmax", "OpenFold", lambda a, dim: nn.functional.softmax(a, dim)),
     ("torch.softmax", "RoseTTAFold2", lambda a, dim: torch.softmax(a, dim)),
     ("a.softmax", "lucidrains", lambda a, dim: a.softmax(dim)),
-    ("nn.Softmax", "FastFold", lambda a, dim: nn.Softmax(dim=dim)(a)),
+    ("nn.Softmax", "other public models", lambda a, dim: nn.Softmax(dim=dim)(a)),
     ("float32 and back", "boltz", _upcast),
     ("dtype=float32", "alphafold3-pytorch", _upcast_by_dtype),
     ("autocast off around it", "OpenFold softmax_no_cast", _autocast_off),
-    ("nan_to_num after it", "RoseTTAFold All-Atom", lambda a, dim: a.softmax(dim).nan_to_num(0.0)),
-    ("dropout with p=0", "protenix", lambda a, dim: nn.functional.dropout(a.softmax(dim), 0.0)),
+    ("nan_to_num after it", "other public models", lambda a, dim: a.softmax(dim).nan_to_num(0.0)),
+    ("dropout with p=0", "other public models", lambda a, dim: nn.functional.dropout(a.softmax(dim), 0.0)),
     ("dropout in eval", "lucidrains", lambda a, dim: nn.functional.dropout(a.softmax(dim), 0.2, training=False)),
-    ("contiguous", "copies", lambda a, dim: a.softmax(dim).contiguous()),
-    ("clone", "copies", lambda a, dim: a.softmax(dim).clone()),
+    ("contiguous", "other public models", lambda a, dim: a.softmax(dim).contiguous()),
+    ("clone", "other public models", lambda a, dim: a.softmax(dim).clone()),
 )
 LOSSY_SOFTMAXES = ("float32 and back", "dtype=float32")
 
