@@ -1,0 +1,161 @@
+"""The command line of `python -m trifast_inductor bench`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from trifast_inductor.bench import environment, module_command, plots, tables
+from trifast_inductor.bench.accuracy import Exact, exact_fits
+from trifast_inductor.bench.case import DTYPES, LAYOUTS, Case
+from trifast_inductor.bench.measure import Row, measure, row
+from trifast_inductor.bench.peers import PEERS
+from trifast_inductor.bench.timing import Clock
+from trifast_inductor.errors import MissingPackageError
+
+_LENGTHS = {"cuda": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048], "cpu": [32, 64]}
+_QUICK = {"cuda": [128, 512], "cpu": [16]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the grid; 0 unless one of our own implementations failed, 2 where something is missing."""
+    arguments = _parser().parse_args(argv)
+    command = shlex.join(["python", "-m", "trifast_inductor", "bench", *(sys.argv[2:] if argv is None else argv)])
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    directory = arguments.out or Path("docs/benchmarks") / environment.directory_name(device)
+    try:
+        if arguments.from_csv is not None:
+            return _redraw(arguments.from_csv, directory)
+        header = environment.describe(device, command, arguments.commit)
+        if arguments.module:
+            return module_command.run(arguments, device, header, directory)
+        return _run(arguments, device, header, directory)
+    except MissingPackageError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, str], directory: Path) -> int:
+    print(tables.header_text(header), flush=True)
+    peers = []
+    for name in arguments.peers:
+        reason = PEERS[name].absent(device)
+        if reason is None:
+            peers.append(PEERS[name])
+        else:
+            print(f"- left out: {name}: {reason}")
+    clock = Clock(device, 0.05 if arguments.quick else arguments.seconds)
+    deadline = time.monotonic() + arguments.budget
+    rows: list[Row] = []
+    file = tables.CsvFile(directory / f"{arguments.name}.csv", header, Row)
+    for case in cases(arguments, device):
+        exact = Exact(case, device) if arguments.errors and exact_fits(case, device) else None
+        for peer in peers:
+            if time.monotonic() > deadline:
+                rows.append(row(case, peer.name, note="not run: the time budget is spent"))
+            else:
+                _progress(f"{case.group} N={case.N} {peer.name}")
+                rows.append(measure(case, peer, device, clock, exact))
+            file.add(rows[-1])
+    file.close()
+    _progress("")
+    _write_tables(rows, header, directory / f"{arguments.name}.md")
+    if arguments.plot:
+        for path in plots.plot(rows, directory, header["device"]):
+            print(f"wrote {path}")
+    return int(any(r.note.startswith("error") for r in rows if r.peer.startswith("ours")))
+
+
+def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """The grid, N innermost and growing."""
+    lengths = arguments.n or (_QUICK if arguments.quick else _LENGTHS)[device.type]
+    others = itertools.product(arguments.b, arguments.h, arguments.d, arguments.dtype, arguments.mask, arguments.layout)
+    for (B, H, D, dtype, mask, layout), N in itertools.product(others, sorted(lengths)):
+        yield Case(N=N, D=D, H=H, B=B, dtype=DTYPES[dtype], mask=mask, layout=layout)
+
+
+def _redraw(source: Path, directory: Path) -> int:
+    """Tables and plots again, from a file of results."""
+    header, rows = tables.read_csv(source, Row)
+    _write_tables(rows, header, directory / f"{source.stem}.md")
+    for path in plots.plot(rows, directory, header.get("device", "")):
+        print(f"wrote {path}")
+    return 0
+
+
+def _write_tables(rows: Sequence[Row], header: dict[str, str], path: Path) -> None:
+    text = tables.attention_tables(rows)
+    print(f"\n{text}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{tables.header_text(header)}\n\n{text}\n", encoding="utf-8")
+    print(f"wrote {path} and its CSV file")
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:79}", end="" if text else "\r", file=sys.stderr, flush=True)
+
+
+def integers(text: str) -> list[int]:
+    """`64,128`, as positive integers."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive integers with commas between, got {text!r}")
+    return values
+
+
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(known) if text == "all" else text.split(",")
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: known are {', '.join(known)}, and all")
+        return names
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trifast_inductor bench",
+        description="Time triangle attention beside its peers; lists take commas.",
+    )
+    add = parser.add_argument
+    add("--n", type=integers, help="residues; 64 to 2048 by default, 32,64 on a CPU")
+    add("--d", type=integers, default=[32], help="head size")
+    add("--h", type=integers, default=[4], help="heads")
+    add("--b", type=integers, default=[1], help="batch")
+    add("--dtype", type=_names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)} or all")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument("--mask", dest="mask", action="store_const", const=[True], help="with masked keys only")
+    masks.add_argument("--no-mask", dest="mask", action="store_const", const=[False], help="without a mask only")
+    masks.add_argument("--both-masks", dest="mask", action="store_const", const=[True, False])
+    parser.set_defaults(mask=[True])
+    add("--layout", type=_names(LAYOUTS), default=["friendly"], help="friendly, model or all")
+    add("--peers", type=_names(list(PEERS)), default=list(PEERS), help=f"{', '.join(PEERS)} or all")
+    add("--quick", action="store_true", help="two sizes and short clocks: does it work?")
+    add("--seconds", type=float, default=0.25, help="time for each figure once warm")
+    add("--budget", type=float, default=3600.0, help="seconds after which no further figure is begun")
+    add("--no-errors", dest="errors", action="store_false", help="do not compare with float64")
+    add("--device", choices=["cuda", "cpu"], help="cuda where there is one")
+    add("--out", type=Path, help="directory of results; docs/benchmarks/<device> by default")
+    add("--name", default="attention", help="of the files of results")
+    add("--commit", help="written into the header; asked from git by default")
+    add("--plot", action="store_true", help="draw runtime and memory against N (needs matplotlib)")
+    add("--from-csv", type=Path, metavar="FILE", help="measure nothing; tables and plots from a file of results")
+    modules = parser.add_argument_group("whole modules instead of the op alone")
+    modules.add_argument(
+        "--module", action="store_true", help="a triangle attention module and a Pairformer-like block"
+    )
+    modules.add_argument("--kernels", action="store_true", help="list what each compiled module launches, in order")
+    return parser
