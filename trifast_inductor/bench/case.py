@@ -97,7 +97,8 @@ def as_called(attend: Attend, case: Case, axes: str) -> Callable[..., Tensor]:
         return attend
 
     def gated(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, gate: Tensor) -> Tensor:
-        out = attend(*(heads(x, case.H, axes) for x in (q, k, v)), bias.permute(0, 3, 1, 2), mask)
+        q, k, v = (heads(x, case.H, axes) for x in (q, k, v))
+        out = attend(q, k, v, bias.permute(0, 3, 1, 2), mask)
         return torch.sigmoid(gate) * _reorder(out, axes, MODEL_AXES).flatten(-2)
 
     return gated
