@@ -7,6 +7,7 @@ import itertools
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 from trifast_inductor.bench import environment, module_command, plots, tables
 from trifast_inductor.bench.accuracy import Exact, exact_fits
 from trifast_inductor.bench.case import DTYPES, LAYOUTS, Case
-from trifast_inductor.bench.measure import Row, measure, row
+from trifast_inductor.bench.measure import Row, compile_only, measure, row
 from trifast_inductor.bench.peers import PEERS
+from trifast_inductor.bench.prepare import compile_ahead
 from trifast_inductor.bench.timing import Clock
 from trifast_inductor.errors import MissingPackageError
 
@@ -27,12 +29,19 @@ _QUICK = {"cuda": [128, 512], "cpu": [16]}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grid; 0 unless one of our own implementations failed, 2 where something is missing."""
     arguments = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "trifast_inductor", "bench", *(sys.argv[2:] if argv is None else argv)])
+    options = list(sys.argv[2:] if argv is None else argv)
+    command = shlex.join(["python", "-m", "trifast_inductor", "bench", *options])
+    warnings.filterwarnings("ignore")  # the peers' own, of which there are many
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = arguments.out or Path("docs/benchmarks") / environment.directory_name(device)
     try:
         if arguments.from_csv is not None:
             return _redraw(arguments.from_csv, directory)
+        arguments.n = arguments.n or lengths(arguments, device)
+        if arguments.compile_only:
+            return module_command.compile_only(arguments, device) if arguments.module else _compile(arguments, device)
+        if arguments.prepare:
+            compile_ahead(options, arguments.n, device)
         header = environment.describe(device, command, arguments.commit)
         if arguments.module:
             return module_command.run(arguments, device, header, directory)
@@ -55,7 +64,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, 
     deadline = time.monotonic() + arguments.budget
     rows: list[Row] = []
     file = tables.CsvFile(directory / f"{arguments.name}.csv", header, Row)
-    for case in cases(arguments, device):
+    for case in cases(arguments):
         exact = Exact(case, device) if arguments.errors and exact_fits(case, device) else None
         for peer in peers:
             if time.monotonic() > deadline:
@@ -73,11 +82,25 @@ def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, 
     return int(any(r.note.startswith("error") for r in rows if r.peer.startswith("ours")))
 
 
-def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+def _compile(arguments: argparse.Namespace, device: torch.device) -> int:
+    for case, name in itertools.product(cases(arguments), arguments.peers):
+        peer = PEERS[name]
+        if peer.backend is not None and peer.absent(device) is None:
+            compile_only(case, peer, device)
+    return 0
+
+
+def lengths(arguments: argparse.Namespace, device: torch.device) -> list[int]:
+    """What N ranges over where `--n` does not say."""
+    if arguments.module:
+        return (module_command.QUICK if arguments.quick else module_command.LENGTHS)[device.type]
+    return (_QUICK if arguments.quick else _LENGTHS)[device.type]
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """The grid, N innermost and growing."""
-    lengths = arguments.n or (_QUICK if arguments.quick else _LENGTHS)[device.type]
     others = itertools.product(arguments.b, arguments.h, arguments.d, arguments.dtype, arguments.mask, arguments.layout)
-    for (B, H, D, dtype, mask, layout), N in itertools.product(others, sorted(lengths)):
+    for (B, H, D, dtype, mask, layout), N in itertools.product(others, sorted(arguments.n)):
         yield Case(N=N, D=D, H=H, B=B, dtype=DTYPES[dtype], mask=mask, layout=layout)
 
 
@@ -146,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="two sizes and short clocks: does it work?")
     add("--seconds", type=float, default=0.25, help="time for each figure once warm")
     add("--budget", type=float, default=3600.0, help="seconds after which no further figure is begun")
+    add("--prepare", action="store_true", help="compile first, all N at once in processes of their own")
+    add("--compile-only", action="store_true", help=argparse.SUPPRESS)  # what those processes do
     add("--no-errors", dest="errors", action="store_false", help="do not compare with float64")
     add("--device", choices=["cuda", "cpu"], help="cuda where there is one")
     add("--out", type=Path, help="directory of results; docs/benchmarks/<device> by default")
@@ -157,5 +182,5 @@ def _parser() -> argparse.ArgumentParser:
     modules.add_argument(
         "--module", action="store_true", help="a triangle attention module and a Pairformer-like block"
     )
-    modules.add_argument("--kernels", action="store_true", help="list what each compiled module launches, in order")
+    modules.add_argument("--kernels", type=int, metavar="N", help="list what each module launches at this N, in order")
     return parser

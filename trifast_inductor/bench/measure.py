@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,7 @@ class Row:
     worst_gradient: str = ""
     forward_floor_ms: float | None = None
     backward_floor_ms: float | None = None
+    seconds: float | None = None  # what the row itself took, compiling and a peer's own tuning included
     note: str = ""
 
     @property
@@ -71,12 +74,24 @@ def measure(case: Case, peer: Peer, device: torch.device, clock: Clock, exact: E
     floors = floors_ms(case, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if floors is not None:
         figures["forward_floor_ms"], figures["backward_floor_ms"] = floors
+    start = time.monotonic()
     with freed_afterwards(device):
         try:
             _measure(case, peer, device, clock, exact, figures)
         except Exception as error:  # a peer may fail in any way of its own; the others go on
             figures["note"] = in_short(error)
+    figures["seconds"] = time.monotonic() - start
     return row(case, peer.name, **figures)
+
+
+def compile_only(case: Case, peer: Peer, device: torch.device) -> None:
+    """What a measurement compiles, and nothing else; the compilers keep it on disk. Failures show when measured."""
+    with freed_afterwards(device), contextlib.suppress(Exception):
+        run = peer.build(case)
+        inputs = draw(case, peer.axes, device, seed=0)
+        with torch.no_grad():
+            run(*inputs.arguments)
+        torch.autograd.grad(run(*inputs.arguments), inputs.leaves, inputs.grad_out)
 
 
 def _measure(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from trifast_inductor.bench.measure import in_short
 from trifast_inductor.bench.timing import Clock, freed_afterwards
 
 C_PAIR, C_SINGLE = 128, 384
-_LENGTHS = {"cuda": [128, 256, 384, 512, 768], "cpu": [16, 32]}
-_QUICK = {"cuda": [128], "cpu": [16]}
+LENGTHS = {"cuda": [128, 256, 384, 512, 768], "cpu": [16, 32]}
+QUICK = {"cuda": [128], "cpu": [16]}
 REFERENCE = "inductor"
 
 
@@ -56,28 +58,27 @@ def variants(device: torch.device) -> list[Variant]:
     """Plain inductor comes first: the others are compared with it."""
     found = [Variant(REFERENCE, "inductor"), Variant("trifast", "trifast")]
     if device.type == "cuda" and importlib.util.find_spec("cuequivariance_torch") is not None:
-        found.append(Variant("inductor, cuequivariance called", "inductor", modules.cuequivariance_core))
+        found.append(Variant("inductor, cuequivariance called", "inductor", modules.cuequivariance_core()))
     return found
 
 
 def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, str], directory: Path) -> int:
     """0 unless backend="trifast" failed."""
     print(tables.header_text(header), flush=True)
-    lengths = arguments.n or (_QUICK if arguments.quick else _LENGTHS)[device.type]
+    deadline = time.monotonic() + arguments.budget
     clock = Clock(device, 0.05 if arguments.quick else arguments.seconds)
     rows: list[ModuleRow] = []
     listings: list[str] = []
     file = tables.CsvFile(directory / "modules.csv", header, ModuleRow)
-    grid = itertools.product(modules.MODELS, arguments.b, arguments.h, arguments.d, arguments.dtype, sorted(lengths))
-    for model, B, H, D, dtype, N in grid:
+    for model, B, H, D, dtype, N in _grid(arguments):
         reference: Tensor | None = None
         for variant in variants(device):
             with freed_afterwards(device):
                 bench = _Bench(model, variant, B, H, D, N, DTYPES[dtype], device)
-                rows.append(bench.measured(clock, reference))
+                rows.append(bench.measured(clock, reference, deadline))
                 if variant.name == REFERENCE:
                     reference = bench.result
-                if arguments.kernels and not rows[-1].note:
+                if arguments.kernels == N and not rows[-1].note:
                     listings.append(bench.listing())
             file.add(rows[-1])
     file.close()
@@ -88,7 +89,24 @@ def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, s
             text = "\n\n".join([tables.header_text(header), *parts])
             (directory / name).write_text(text + "\n", encoding="utf-8")
             print(f"wrote {directory / name}")
-    return int(any(row.note for row in rows if row.variant == "trifast"))
+    return int(any(row.note.startswith("error") for row in rows if row.variant == "trifast"))
+
+
+def compile_only(arguments: argparse.Namespace, device: torch.device) -> int:
+    """Inference and training of every variant once, for the compilers' caches on disk."""
+    for model, B, H, D, dtype, N in _grid(arguments):
+        for variant in variants(device):
+            with freed_afterwards(device), contextlib.suppress(Exception):
+                bench = _Bench(model, variant, B, H, D, N, DTYPES[dtype], device)
+                bench.forward()
+                bench.step()
+    return 0
+
+
+def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, int, str, int]]:
+    yield from itertools.product(
+        modules.MODELS, arguments.b, arguments.h, arguments.d, arguments.dtype, sorted(arguments.n)
+    )
 
 
 class _Bench:
@@ -132,8 +150,10 @@ class _Bench:
         out = self.compiled(self.s, self.z, self.mask)[1]
         return torch.autograd.grad(out, self.leaves, self.grad_out, allow_unused=True)
 
-    def measured(self, clock: Clock, reference: Tensor | None) -> ModuleRow:
+    def measured(self, clock: Clock, reference: Tensor | None, deadline: float) -> ModuleRow:
         figures = self.figures
+        if time.monotonic() > deadline:
+            return ModuleRow(**figures, note="not run: the time budget is spent")
         try:
             self.result = self.forward()
             if reference is not None:
