@@ -49,7 +49,7 @@ def test_the_default_grid(gpu: list[Key]) -> None:
     assert tune.main([]) == 0
     assert len(gpu) == 7 * 4
     assert {key.length for key in gpu} == {16, 32, 64, 128, 256, 512, 1024}
-    assert {key[1:5] for key in gpu} == {("bfloat16", "ieee", 32, 4)}
+    assert {key[1:5] for key in gpu} == {(torch.bfloat16, "ieee", 32, 4)}
 
 
 def test_lists_take_commas(gpu: list[Key]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from trifast_inductor.kernels.triangle_attention import tile_store, tuning
 from trifast_inductor.kernels.triangle_attention.tuning import Key
+from trifast_inductor.options import integers, names
 
 DTYPES = ("bfloat16", "float16", "float32")
 _BAR = 24
@@ -107,28 +108,13 @@ def _progress(done: int, total: int, text: str) -> None:
     print(f"\r{line:100}" if terminal else line, end="" if terminal and text else "\n", file=sys.stderr, flush=True)
 
 
-def _integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",") if part.strip().isdecimal()]
-    if len(values) != text.count(",") + 1 or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive integers with commas between, got {text!r}")
-    return values
-
-
-def _dtypes(text: str) -> list[str]:
-    names = list(DTYPES) if text == "all" else text.split(",")
-    wrong = [name for name in names if name not in DTYPES]
-    if wrong:
-        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: known are {', '.join(DTYPES)}, and all")
-    return names
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trifast-tune", description=__doc__)
     parser.add_argument("--min-n", type=int, default=16, help="shortest axis, 16 by default")
     parser.add_argument("--max-n", type=int, default=1024, help="longest axis, 1024 by default")
-    parser.add_argument("--dtype", type=_dtypes, default=["bfloat16"], help="bfloat16, float16, float32, or all")
-    parser.add_argument("--h", type=_integers, default=[4], help="heads, 4 by default; commas between several")
-    parser.add_argument("--d", type=_integers, default=[32], help="head size, 32 by default; commas between several")
+    parser.add_argument("--dtype", type=names(DTYPES), default=["bfloat16"], help="bfloat16, float16, float32, or all")
+    parser.add_argument("--h", type=integers, default=[4], help="heads, 4 by default; commas between several")
+    parser.add_argument("--d", type=integers, default=[32], help="head size, 32 by default; commas between several")
     parser.add_argument("--mask", choices=("on", "off", "both"), default="on", help="tune with masked keys or without")
     parser.add_argument("--tf32", action="store_true", help="tune float32 for tf32 products")
     parser.add_argument("--show", action="store_true", help="list what is stored, tune nothing")

@@ -79,12 +79,11 @@ def median_ms(run: Run) -> float:
 def workload(device: int, key: Key) -> Run:
     """A launch of the op on random inputs that takes its tile by this key: the forward, or the whole backward."""
     H, D, N = key.H, key.D, key.length
-    dtype = getattr(torch, key.dtype)
     where = torch.device("cuda", device)
     generator = torch.Generator(where).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=where, dtype=dtype)
+        return torch.randn(shape, generator=generator, device=where, dtype=key.dtype)
 
     q, k, v, grad_out = (normal(1, N, N, H, D) for _ in range(4))
     bias = normal(1, H, N, N) if key.bias else None
@@ -105,7 +104,7 @@ def search(device: int, key: Key, measure: Measure = median_ms, workload: Worklo
     Raises whatever the shipped tile's own launch raises: then there is nothing to compare with.
     """
     run = workload(device, key)
-    heuristic = _clipped(asdict(tiling.heuristic(key.kernel, getattr(torch, key.dtype), key.D, key.precision)), key)
+    heuristic = _clipped(asdict(tiling.heuristic(key.kernel, key.dtype, key.D, key.precision)), key)
     tuning.use(device, key, heuristic)
     expected = [result.clone() for result in run()]
     times = {tuple(heuristic.values()): measure(run)}

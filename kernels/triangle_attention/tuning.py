@@ -28,7 +28,7 @@ class Key(NamedTuple):
     """Launches that share a tile. `length` is the longer of I and J, rounded up to a power of two."""
 
     kernel: str
-    dtype: str
+    dtype: torch.dtype
     precision: str
     D: int
     H: int
@@ -39,14 +39,15 @@ class Key(NamedTuple):
     def __str__(self) -> str:
         mask, bias = "mask" if self.mask else "no-mask", "bias" if self.bias else "no-bias"
         sizes = f"D={self.D} H={self.H} N<={self.length}"
-        return f"{self.kernel} {self.dtype} {self.precision} {sizes} {mask} {bias}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel} {dtype} {self.precision} {sizes} {mask} {bias}"
 
     @classmethod
     def parse(cls, text: str) -> Key:
         """What `str` gave; ValueError on anything else."""
         kernel, dtype, precision, *sizes, mask, bias = text.split()
         D, H, length = (int(size.partition("=")[2]) for size in sizes)
-        key = cls(kernel, dtype, precision, D, H, length, mask == "mask", bias == "bias")
+        key = cls(kernel, getattr(torch, dtype, torch.bool), precision, D, H, length, mask == "mask", bias == "bias")
         if str(key) != text or kernel not in KERNELS:
             raise ValueError(f"not a key of tuned tiles: {text!r}")
         return key
@@ -60,7 +61,7 @@ _searching = False
 
 def make_key(kernel: str, dtype: torch.dtype, precision: str, D: int, H: int, N: int, mask: bool, bias: bool) -> Key:
     """The key of a launch whose longer axis has N entries."""
-    return Key(kernel, str(dtype).removeprefix("torch."), precision, D, H, 1 << (N - 1).bit_length(), mask, bias)
+    return Key(kernel, dtype, precision, D, H, 1 << (N - 1).bit_length(), mask, bias)
 
 
 def tuned(

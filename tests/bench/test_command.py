@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from trifast_inductor import tables
 from trifast_inductor.__main__ import main
-from trifast_inductor.bench import tables
 from trifast_inductor.bench.measure import Row
 
 QUICK = ["bench", "--n", "4,8", "--d", "8", "--h", "2", "--dtype", "float32", "--seconds", "0.001", "--device", "cpu"]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from trifast_inductor import tables
 from trifast_inductor.__main__ import main
-from trifast_inductor.bench import module_command, tables
+from trifast_inductor.bench import module_command
 from trifast_inductor.bench.module_command import ModuleRow, Variant, module_tables
 
 

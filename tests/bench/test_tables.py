@@ -1,27 +1,14 @@
-"""CSV there and back, ratios, and the tables that people read."""
-
-from pathlib import Path
+"""Ratios, and the tables that people read."""
 
 from tests.bench.conftest import small
 from trifast_inductor.bench import tables
-from trifast_inductor.bench.measure import Row, row
+from trifast_inductor.bench.measure import row
 
 ROWS = [
     row(small(), "ours", forward_device_ms=0.5, backward_device_ms=2.0, forward_floor_ms=0.25, forward_error=1e-3),
     row(small(), "eager", forward_device_ms=2.0, note="out of memory"),
     row(small(), "flex", forward_device_ms=1.0, backward_device_ms=8.0),
 ]
-
-
-def test_csv_there_and_back(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "x.csv"
-    file = tables.CsvFile(path, {"device": "a GPU: fast", "commit": "abc"}, Row)
-    for line in ROWS:
-        file.add(line)
-    file.close()
-    header, rows = tables.read_csv(path, Row)
-    assert header == {"device": "a GPU: fast", "commit": "abc"}
-    assert rows == ROWS
 
 
 def test_ratios_are_to_the_best_other_peer_and_to_the_floor() -> None:

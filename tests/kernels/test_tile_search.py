@@ -10,7 +10,7 @@ from trifast_inductor.kernels.triangle_attention import tile_search, tuning
 from trifast_inductor.kernels.triangle_attention.tile_search import Outcome, search
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
-KEY = Key("forward", "bfloat16", "ieee", 32, 4, 512, True, True)
+KEY = Key("forward", torch.bfloat16, "ieee", 32, 4, 512, True, True)
 SHIPPED = {"BLOCK_I": 128, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
 Result = Callable[[Sizes], Sequence[Tensor]]
 
@@ -126,6 +126,6 @@ def test_it_reads_well() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kernel", tuning.KERNELS)
 def test_on_a_gpu_it_ends_no_slower_than_it_began(kernel: str) -> None:
-    outcome = search(0, Key(kernel, "bfloat16", "ieee", 32, 2, 128, True, True))
+    outcome = search(0, Key(kernel, torch.bfloat16, "ieee", 32, 2, 128, True, True))
     assert outcome.ms <= outcome.heuristic_ms
     assert outcome.tried > 3

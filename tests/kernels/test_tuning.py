@@ -15,7 +15,7 @@ from trifast_inductor.kernels.triangle_attention.tuning import Key
 
 MACHINE = Machine("Some GPU", (9, 0), "3.9.0")
 SIZES = {"BLOCK_I": 128, "BLOCK_J": 16, "num_warps": 8, "num_stages": 1}
-KEY = Key("forward", "bfloat16", "ieee", 32, 4, 512, True, True)
+KEY = Key("forward", torch.bfloat16, "ieee", 32, 4, 512, True, True)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,7 @@ def test_the_disk_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ("forward bfloat16 ieee", SIZES),
         (str(KEY).replace("forward", "sideways"), SIZES),
         (str(KEY).replace("H=4", "H=x"), SIZES),
+        (str(KEY).replace("bfloat16", "bfloat8"), SIZES),
         (str(KEY), SIZES | {"BLOCK_I": 48}),
         (str(KEY), SIZES | {"num_stages": 0}),
         (str(KEY), SIZES | {"CLUSTER": 2}),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trifast_inductor.bench import tables
+from trifast_inductor import tables
 from trifast_inductor.static.checked import checked_variants, faults
 from trifast_inductor.static.figures import Figures, Variant, figures, triton_version
 

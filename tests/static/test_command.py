@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from trifast_inductor import tables
 from trifast_inductor.__main__ import main
-from trifast_inductor.bench import tables
 from trifast_inductor.static import command
 from trifast_inductor.static.figures import Figures, Variant, triton_version
 from trifast_inductor.static.recording import launches_for

@@ -28,12 +28,6 @@ class Case:
     layout: str
 
     @property
-    def group(self) -> str:
-        """All but N, as a file name: cases of one group share a table and a plot."""
-        mask = "mask" if self.mask else "nomask"
-        return f"B{self.B}-H{self.H}-D{self.D}-{dtype_name(self.dtype)}-{mask}-{self.layout}"
-
-    @property
     def input_bytes(self) -> int:
         """What one set of inputs takes: q, k, v and grad_out, a gate in a model, the bias, the mask."""
         large = 5 if self.layout == "model" else 4

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from trifast_inductor.bench.peers import PEERS
 from trifast_inductor.bench.prepare import compile_ahead
 from trifast_inductor.bench.timing import Clock
 from trifast_inductor.errors import MissingPackageError
+from trifast_inductor.options import integers, names
+from trifast_inductor.tables import CsvFile, header_text, read_csv
 
 _LENGTHS = {"cuda": [64, 128, 256, 384, 512, 768, 1024, 1536, 2048], "cpu": [32, 64]}
 _QUICK = {"cuda": [128, 512], "cpu": [16]}
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, str], directory: Path) -> int:
-    print(tables.header_text(header), flush=True)
+    print(header_text(header), flush=True)
     peers = []
     for name in arguments.peers:
         reason = PEERS[name].absent(device)
@@ -63,14 +65,14 @@ def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, 
     clock = Clock(device, 0.05 if arguments.quick else arguments.seconds)
     deadline = time.monotonic() + arguments.budget
     rows: list[Row] = []
-    file = tables.CsvFile(directory / f"{arguments.name}.csv", header, Row)
+    file = CsvFile(directory / f"{arguments.name}.csv", header, Row)
     for case in cases(arguments):
         exact = Exact(case, device) if arguments.errors and exact_fits(case, device) else None
         for peer in peers:
             if time.monotonic() > deadline:
                 rows.append(row(case, peer.name, note="not run: the time budget is spent"))
             else:
-                _progress(f"{case.group} N={case.N} {peer.name}")
+                _progress(f"{row(case, peer.name).group} N={case.N} {peer.name}")
                 rows.append(measure(case, peer, device, clock, exact))
             file.add(rows[-1])
     file.close()
@@ -106,7 +108,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 def _redraw(source: Path, directory: Path) -> int:
     """Tables and plots again, from a file of results."""
-    header, rows = tables.read_csv(source, Row)
+    header, rows = read_csv(source, Row)
     _write_tables(rows, header, directory / f"{source.stem}.md")
     for path in plots.plot(rows, directory, header.get("device", "")):
         print(f"wrote {path}")
@@ -117,35 +119,13 @@ def _write_tables(rows: Sequence[Row], header: dict[str, str], path: Path) -> No
     text = tables.attention_tables(rows)
     print(f"\n{text}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{tables.header_text(header)}\n\n{text}\n", encoding="utf-8")
+    path.write_text(f"{header_text(header)}\n\n{text}\n", encoding="utf-8")
     print(f"wrote {path} and its CSV file")
 
 
 def _progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r{text:79}", end="" if text else "\r", file=sys.stderr, flush=True)
-
-
-def integers(text: str) -> list[int]:
-    """`64,128`, as positive integers."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive integers with commas between, got {text!r}")
-    return values
-
-
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(known) if text == "all" else text.split(",")
-        wrong = [name for name in names if name not in known]
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: known are {', '.join(known)}, and all")
-        return names
-
-    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--d", type=integers, default=[32], help="head size")
     add("--h", type=integers, default=[4], help="heads")
     add("--b", type=integers, default=[1], help="batch")
-    add("--dtype", type=_names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)} or all")
+    add("--dtype", type=names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)} or all")
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument("--mask", dest="mask", action="store_const", const=[True], help="with masked keys only")
     masks.add_argument("--no-mask", dest="mask", action="store_const", const=[False], help="without a mask only")
     masks.add_argument("--both-masks", dest="mask", action="store_const", const=[True, False])
     parser.set_defaults(mask=[True])
-    add("--layout", type=_names(LAYOUTS), default=["friendly"], help="friendly, model or all")
-    add("--peers", type=_names(list(PEERS)), default=list(PEERS), help=f"{', '.join(PEERS)} or all")
+    add("--layout", type=names(LAYOUTS), default=["friendly"], help="friendly, model or all")
+    add("--peers", type=names(list(PEERS)), default=list(PEERS), help=f"{', '.join(PEERS)} or all")
     add("--quick", action="store_true", help="two sizes and short clocks: does it work?")
     add("--seconds", type=float, default=0.25, help="time for each figure once warm")
     add("--budget", type=float, default=3600.0, help="seconds after which no further figure is begun")

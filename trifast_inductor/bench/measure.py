@@ -50,6 +50,7 @@ class Row:
 
     @property
     def group(self) -> str:
+        """All that was given but N, as a file name: the rows of a group share a table and a plot."""
         mask = "mask" if self.mask else "nomask"
         return f"B{self.B}-H{self.H}-D{self.D}-{self.dtype}-{mask}-{self.layout}"
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trifast_inductor.bench import launches, modules, tables
+from trifast_inductor.bench import launches, modules
 from trifast_inductor.bench.case import DTYPES, dtype_name
 from trifast_inductor.bench.measure import in_short
+from trifast_inductor.bench.tables import figure, ratio
 from trifast_inductor.bench.timing import Clock, freed_afterwards
+from trifast_inductor.tables import CsvFile, header_text, markdown
 
 C_PAIR, C_SINGLE = 128, 384
 LENGTHS = {"cuda": [128, 256, 384, 512, 768], "cpu": [16, 32]}
@@ -64,12 +66,12 @@ def variants(device: torch.device) -> list[Variant]:
 
 def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, str], directory: Path) -> int:
     """0 unless backend="trifast" failed."""
-    print(tables.header_text(header), flush=True)
+    print(header_text(header), flush=True)
     deadline = time.monotonic() + arguments.budget
     clock = Clock(device, 0.05 if arguments.quick else arguments.seconds)
     rows: list[ModuleRow] = []
     listings: list[str] = []
-    file = tables.CsvFile(directory / "modules.csv", header, ModuleRow)
+    file = CsvFile(directory / "modules.csv", header, ModuleRow)
     for model, B, H, D, dtype, N in _grid(arguments):
         reference: Tensor | None = None
         for variant in variants(device):
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, s
     print(f"\n{table}\n")
     for name, parts in (("modules.md", [table]), ("launches.md", listings)):
         if parts:
-            text = "\n\n".join([tables.header_text(header), *parts])
+            text = "\n\n".join([header_text(header), *parts])
             (directory / name).write_text(text + "\n", encoding="utf-8")
             print(f"wrote {directory / name}")
     return int(any(row.note.startswith("error") for row in rows if row.variant == "trifast"))
@@ -180,7 +182,7 @@ class _Bench:
             if self.device.type == "cuda":
                 columns = ("kernel", "launches", "ms")
                 cells = [[key[:100].replace("|", "/"), str(n), f"{ms:.4f}"] for key, n, ms in launches.profiled(call)]
-                parts.append(tables.markdown(columns, cells))
+                parts.append(markdown(columns, cells))
         return "\n\n".join(parts)
 
 
@@ -194,8 +196,8 @@ def module_tables(rows: Sequence[ModuleRow]) -> str:
         plain = next(r for r in rows if r.variant == REFERENCE and all(getattr(r, x) == getattr(row, x) for x in same))
         cells = [row.model, str(row.N), row.variant]
         for name in ("forward_device_ms", "step_device_ms", "forward_call_ms", "step_call_ms"):
-            cells += [tables.figure(getattr(row, name)), tables.ratio(getattr(plain, name), getattr(row, name))]
+            cells += [figure(getattr(row, name)), ratio(getattr(plain, name), getattr(row, name))]
         cells += ["" if x is None else f"{x:.0f}" for x in (row.forward_mib, row.step_mib)]
         lines.append([*cells, "" if row.difference is None else f"{row.difference:.1e}", row.note])
     shape = ", ".join(dict.fromkeys(f"B={r.B} H={r.H} D={r.D} {r.dtype}" for r in rows))
-    return f"### modules, {shape}\n\n{tables.markdown(columns, lines)}"
+    return f"### modules, {shape}\n\n{markdown(columns, lines)}"

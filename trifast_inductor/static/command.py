@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trifast_inductor.bench import tables
+from trifast_inductor.options import integers, names
 from trifast_inductor.static.checked import checked_variants
 from trifast_inductor.static.figures import DTYPES, KEY_TERMS, Figures, Variant, figures, triton_version
 from trifast_inductor.static.recording import SHARED_LIMITS
+from trifast_inductor.tables import CsvFile, markdown, read_csv
 
 _COLUMNS = ("arch", "kernel", "dtype", "D", "N", "key term", "bias", "tile")
 _FIGURES = ("registers", "stack", "spills", "shared KiB", "instructions/score", "")
@@ -53,15 +54,15 @@ def table(rows: Sequence[Figures]) -> str:
         ]
         for row in rows
     ]
-    return tables.markdown((*_COLUMNS, *_FIGURES), lines)
+    return markdown((*_COLUMNS, *_FIGURES), lines)
 
 
 def _update(path: Path, rows: Sequence[Figures]) -> None:
     """Replace the rows of this Triton version; those of others stay."""
-    others = tables.read_csv(path, Figures)[1] if path.exists() else []
+    others = read_csv(path, Figures)[1] if path.exists() else []
     others = [row for row in others if row.triton != triton_version()]
     about = {"command": f"python -m trifast_inductor inspect --update {path.as_posix()}"}
-    file = tables.CsvFile(path, about, Figures)
+    file = CsvFile(path, about, Figures)
     for row in sorted([*others, *rows], key=lambda row: [str(getattr(row, f.name)) for f in dataclasses.fields(row)]):
         file.add(row)
     file.close()
@@ -71,27 +72,7 @@ def _grid(arguments: argparse.Namespace) -> Iterator[tuple[Variant, int]]:
     biases = {"yes": (True,), "no": (False,), "both": (True, False)}[arguments.bias]
     axes = (arguments.arch, arguments.dtype, arguments.d, arguments.key_term, biases, arguments.n)
     for arch, dtype, D, key_term, bias, N in itertools.product(*axes):
-        yield Variant(dtype, D, key_term, bias, N), arch
-
-
-def _numbers(known: Sequence[int] | None = None) -> Callable[[str], list[int]]:
-    def parse(text: str) -> list[int]:
-        values = [int(part) for part in text.split(",") if part.isdecimal()]
-        if len(values) != text.count(",") + 1 or (known is not None and not set(values) <= set(known)):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {known or 'integers'} with commas between")
-        return values
-
-    return parse
-
-
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(known) if text == "all" else text.split(",")
-        if not set(names) <= set(known):
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {', '.join(known)}, or all")
-        return names
-
-    return parse
+        yield Variant(dtype, D, key_term, bias, N), int(arch)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,11 +81,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile the kernels without a GPU and count; lists take commas.",
     )
     add = parser.add_argument
-    add("--arch", type=_numbers(list(SHARED_LIMITS)), default=[90], help="80, 89, 90 (the default), 100")
-    add("--dtype", type=_names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)}, or all")
-    add("--d", type=_numbers(), default=[32], help="head size")
-    add("--n", type=_numbers(), default=[512], help="length of all axes")
-    add("--key-term", type=_names(KEY_TERMS), default=["add"], help=f"{', '.join(KEY_TERMS)}, or all")
+    add(
+        "--arch",
+        type=names([str(arch) for arch in SHARED_LIMITS]),
+        default=["90"],
+        help="80, 89, 90 (the default), 100",
+    )
+    add("--dtype", type=names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)}, or all")
+    add("--d", type=integers, default=[32], help="head size")
+    add("--n", type=integers, default=[512], help="length of all axes")
+    add("--key-term", type=names(KEY_TERMS), default=["add"], help=f"{', '.join(KEY_TERMS)}, or all")
     add("--bias", choices=("yes", "no", "both"), default="yes")
     add("--update", type=Path, metavar="FILE", help="compile the checked selection and write it to a table")
     return parser
