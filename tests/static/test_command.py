@@ -56,6 +56,14 @@ def test_a_spill_or_a_kernel_that_does_not_fit_fails(rows: list[Figures], capsys
     assert "spills does not fit" in capsys.readouterr().out
 
 
+def test_interpreted_kernels_cannot_be_inspected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["inspect"]) == 2
+    assert "unset it" in capsys.readouterr().err
+
+
 def test_an_update_keeps_the_rows_of_other_versions(rows: list[Figures], tmp_path: Path) -> None:
     path = tmp_path / "static.csv"
     rows[0] = Figures(**{**vars(ROW), "triton": "2.0"})

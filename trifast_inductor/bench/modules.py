@@ -26,6 +26,7 @@ def eager_core(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> T
 
 def cuequivariance_core() -> Core:
     """The same by calling cuEquivariance; imported here, where no compiler is looking on."""
+    importlib.import_module("cuequivariance_ops_torch")
     call = importlib.import_module("cuequivariance_torch").triangle_attention
 
     def core(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:

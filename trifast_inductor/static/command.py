@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +22,12 @@ _FIGURES = ("registers", "stack", "spills", "shared KiB", "instructions/score", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 1 where a kernel spills or does not fit the architecture's shared memory."""
+    """0; 1 where a kernel spills or does not fit the architecture's shared memory; 2 where none can be compiled."""
     arguments = _parser().parse_args(argv)
+    obstacle = _obstacle()
+    if obstacle is not None:
+        print(obstacle, file=sys.stderr)
+        return 2
     wanted = checked_variants() if arguments.update else _grid(arguments)
     rows: list[Figures] = []
     for variant, arch in wanted:
@@ -55,6 +61,14 @@ def table(rows: Sequence[Figures]) -> str:
         for row in rows
     ]
     return markdown((*_COLUMNS, *_FIGURES), lines)
+
+
+def _obstacle() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "inspect compiles with Triton, which is not installed: pip install triton (on Linux)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "under TRITON_INTERPRET=1 kernels are interpreted, not compiled: unset it"
+    return None
 
 
 def _update(path: Path, rows: Sequence[Figures]) -> None:
