@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class Key(NamedTuple):
 # tile: searched in vain, or being searched right now.
 _tiles: dict[int, dict[Key, Sizes | None]] = {-1: {}}
 _searching = False
+_listeners: list[Callable[[], None]] = []
 
 
 def make_key(kernel: str, dtype: torch.dtype, precision: str, D: int, H: int, N: int, mask: bool, bias: bool) -> Key:
@@ -106,15 +108,27 @@ def load(machine: Machine) -> dict[Key, Sizes | None]:
     return tiles
 
 
+def when_changed(listener: Callable[[], None]) -> None:
+    """Call it whenever a launch may take another tile than before: whoever keeps tiles has to drop them."""
+    _listeners.append(listener)
+
+
+def changed() -> None:
+    for listener in _listeners:
+        listener()
+
+
 def use(device: int, key: Key, sizes: Sizes | None) -> None:
     """From now on this process launches with that tile; None: with the shipped heuristic's."""
     _tiles.setdefault(device, {})[key] = sizes
+    changed()
 
 
 def forget() -> None:
     """Read the disk again at the next launch."""
     for device in [device for device in _tiles if device >= 0]:
         del _tiles[device]
+    changed()
 
 
 def search_now(device: int, key: Key) -> None:

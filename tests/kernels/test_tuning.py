@@ -52,6 +52,17 @@ def test_blocks_are_still_clipped_to_the_axes() -> None:
     assert tiling.forward_tile(torch.bfloat16, 32, 40, 512, "ieee", 4, True, True, 0).BLOCK_I == 64
 
 
+def test_who_keeps_tiles_is_told_to_drop_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(tuning, "_listeners", [])
+    tuning.when_changed(lambda: told.append("changed"))
+    chosen()
+    assert told == []
+    tuning.use(0, KEY, SIZES)
+    tuning.forget()
+    assert told == ["changed", "changed"]
+
+
 def test_the_disk_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Machine] = []
     monkeypatch.setattr(tile_store, "load", lambda machine: read.append(machine) or {})

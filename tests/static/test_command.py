@@ -1,16 +1,13 @@
 """The command, its table and its file; one small compilation shows that the launchers are really recorded."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
-import torch
 
 from trifast_inductor import tables
 from trifast_inductor.__main__ import main
 from trifast_inductor.static import command
 from trifast_inductor.static.figures import Figures, Variant, triton_version
-from trifast_inductor.static.recording import launches_for
 
 ROW = Figures("3.9", 90, "kernel", "bfloat16", 32, 512, "add", True, "64x32 w4 s3", 100, 0, 0, 36.0, 16.0)
 
@@ -35,18 +32,6 @@ def test_one_kernel_for_real(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert lines[2].split("|")[8].strip().startswith("16x16")
     assert int(lines[2].split("|")[9]) > 16
-
-
-def test_recording_leaves_nothing_behind() -> None:
-    jit = pytest.importorskip("triton.runtime.jit")
-    driver = pytest.importorskip("triton.runtime").driver
-    before = (jit.JITFunction.run, driver._active, torch.cuda.get_device_capability)
-    with contextlib.suppress(KeyError), launches_for(80) as launches:
-        assert torch.cuda.get_device_capability() == (8, 0)
-        assert driver.active.get_current_target().arch == 80
-        raise KeyError
-    assert launches == []
-    assert (jit.JITFunction.run, driver._active, torch.cuda.get_device_capability) == before
 
 
 def test_a_spill_or_a_kernel_that_does_not_fit_fails(rows: list[Figures], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ stands in for the GPU, so tile choice, specialisation and options are those of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,6 +14,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from trifast_inductor.kernels.triangle_attention import tuning
 
 # Multiprocessors of A100, L40S, H200, B200: a launcher may ask for their number.
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
@@ -54,6 +56,19 @@ class _Driver:
         return torch.device("cpu")
 
 
+class _Unloaded:
+    """A compiled kernel for which there is no GPU: launching it again does nothing."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.compiled, name)
+
+
 @contextmanager
 def launches_for(arch: int) -> Iterator[list[Launch]]:
     """Every kernel launched inside is compiled for `sm_<arch>`, recorded and not run."""
@@ -65,9 +80,10 @@ def launches_for(arch: int) -> Iterator[list[Launch]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = {name: value for name, value in kwargs.items() if isinstance(value, (int, str, bool))}
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        constants = {name: value for name, value in given.items() if isinstance(value, (int, str, bool))}
         recorded.append(Launch(self.__name__.lstrip("_"), arch, compiled, constants))
-        return compiled
+        return _Unloaded(compiled)
 
     capability = divmod(arch, 10)
     properties = SimpleNamespace(
@@ -82,7 +98,10 @@ def launches_for(arch: int) -> Iterator[list[Launch]]:
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
         driver.set_active(_Driver(arch))
+        # What launchers keep from one call to the next is for one GPU.
+        tuning.changed()
         try:
             yield recorded
         finally:
             driver._active = present
+            tuning.changed()
