@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("trifast_inductor.demo", "a published folding trunk on two proteins: eager, inductor, trifast"),
+    "explain": ("trifast_inductor.explain", "report on every softmax of a model: rewritten or declined, and why"),
     "bench": ("trifast_inductor.bench", "time triangle attention, or whole modules, beside their peers"),
     "inspect": ("trifast_inductor.static", "registers, spills and instructions of each kernel, without a GPU"),
     "tune": ("trifast_inductor.tune", "search the fastest tiles of this machine's GPU and keep them"),
