@@ -133,12 +133,12 @@ class _Bench:
         self.module: nn.Module = modules.MODELS[model](C_PAIR, H, D, core=variant.core).to(device, dtype)
         self.backend = variant.backend
         self.compiled = self._compile()
-        self.s = torch.randn(B, N, C_SINGLE).to(device, dtype)
+        self.s = torch.randn(B, N, C_SINGLE).to(device, dtype).requires_grad_()
         self.z = torch.randn(B, N, N, C_PAIR).to(device, dtype).requires_grad_()
         present = torch.arange(N, device=device) < N - N // 10  # padding, as a batch has it
         self.mask = (present[:, None] & present[None, :]).expand(B, N, N).to(dtype)
-        self.grad_out = torch.randn(self.z.shape).to(device, dtype)
-        self.leaves = [self.z, *self.module.parameters()]
+        self.grads_out = [torch.randn(x.shape).to(device, dtype) for x in (self.s, self.z)]
+        self.leaves = [self.s, self.z, *self.module.parameters()]
         self.result: Tensor | None = None
 
     def _compile(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -148,9 +148,8 @@ class _Bench:
         with torch.no_grad():
             return self.compiled(self.s, self.z, self.mask)[1]
 
-    def step(self, turn: int = 0) -> Sequence[Tensor | None]:
-        out = self.compiled(self.s, self.z, self.mask)[1]
-        return torch.autograd.grad(out, self.leaves, self.grad_out, allow_unused=True)
+    def step(self, turn: int = 0) -> Sequence[Tensor]:
+        return torch.autograd.grad(self.compiled(self.s, self.z, self.mask), self.leaves, self.grads_out)
 
     def measured(self, clock: Clock, reference: Tensor | None, deadline: float) -> ModuleRow:
         figures = self.figures

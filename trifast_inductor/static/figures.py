@@ -89,7 +89,7 @@ def _figures_of(launch: Launch, variant: Variant) -> Figures:
         N=variant.N,
         key_term=variant.key_term,
         bias=variant.bias,
-        tile=f"{blocks[0]}x{blocks[1]} w{metadata.num_warps} s{metadata.num_stages}",
+        tile=f"{'x'.join(str(n) for n in blocks if n)} w{metadata.num_warps} s{metadata.num_stages}",
         registers=code.registers,
         stack_bytes=code.stack,
         spills=code.spills,
