@@ -10,11 +10,13 @@ are left out: under random weights the structure module turns a change of 1e-6 i
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,8 +52,9 @@ class Run:
     fused_calls: int
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; 0 when every site was rewritten and every difference is within the budget."""
+    argparse.ArgumentParser(prog="python -m trifast_inductor demo", description=str(__doc__)).parse_args(argv)
     warnings.filterwarnings("ignore")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

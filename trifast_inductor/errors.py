@@ -35,3 +35,7 @@ class DeclinedError(TrifastError, RuntimeError):
 
 class FactoryError(TrifastError, ValueError):
     """What `explain` was asked to call does not give a model and its arguments."""
+
+
+class MissingPackageError(TrifastError, ImportError):
+    """An optional package that a command needs is not installed."""

@@ -7,15 +7,14 @@ not counted.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trifast_inductor.bench.environment import processor
 from trifast_inductor.kernels.triangle_attention import cpu
 
 H, D = 4, 32
@@ -74,14 +73,6 @@ def row(N: int, dtype: torch.dtype) -> str:
     cells = [str(dtype).removeprefix("torch."), str(N), *(f"{t:.1f}" for t in times)]
     cells += [f"{times[0] / times[1]:.2f}", f"{times[2] / times[3]:.2f}"]
     return f"| {' | '.join(cells)} |"
-
-
-def processor() -> str:
-    """The model's name where Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def main() -> None:

@@ -433,17 +433,18 @@ def launch(
         "delta_ptr": torch.empty_like(row_max),
         "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
     }
+    launch_key = (H, shared["KEY_TERM"] != "none", shared["HAS_BIAS"], q.get_device())
     with torch.cuda.device_of(q):
-        tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"])
+        tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
         _triangle_attention_bwd_dq[(B * R * H * triton.cdiv(I, tile.BLOCK_I),)](
             out_ptr=out, row_sum_ptr=row_sum, dq_ptr=dq, EVEN_J=J % tile.BLOCK_J == 0, **shared, **vars(tile)
         )
-        tile = tiling.dkdv_tile(q.dtype, D, I, J, shared["PRECISION"])
+        tile = tiling.dkdv_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
         _triangle_attention_bwd_dkdv[(B * R * H * triton.cdiv(J, tile.BLOCK_J),)](
             dk_ptr=dk, dv_ptr=dv, **shared, **vars(tile)
         )
         if dbias.numel():
-            tile = tiling.dbias_tile(q.dtype, D, I, J, shared["PRECISION"])
+            tile = tiling.dbias_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
             tiles = triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
             _triangle_attention_bwd_dbias[(B * H * tiles,)](dbias_ptr=dbias, **shared, **vars(tile))
     return dq, dk, dv, dbias

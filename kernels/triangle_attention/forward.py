@@ -169,7 +169,9 @@ def launch(
         return out, row_max, row_sum
 
     shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    tile = tiling.forward_tile(q.dtype, D, I, J, shared["PRECISION"])
+    tile = tiling.forward_tile(
+        q.dtype, D, I, J, shared["PRECISION"], H, shared["KEY_TERM"] != "none", shared["HAS_BIAS"], q.get_device()
+    )
     programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
     with torch.cuda.device_of(q):
         _triangle_attention_fwd[(programs,)](

@@ -1,4 +1,4 @@
-"""Tile choice for every kernel: shipped heuristics, apart from what the kernels mean.
+"""Tile choice for every kernel: shipped heuristics, and what has been tuned on this machine (`tuning.py`).
 
 Every entry was compiled for sm_90 and sm_80: on sm_90 no register is spilled (two of the float32 entries spill
 8 bytes), and shared memory stays under the 99 KiB that one program may have on sm_86 and sm_89. Figures beside an
@@ -10,6 +10,8 @@ backward with only that kernel's tile changed.
 from dataclasses import dataclass, replace
 
 import torch
+
+from trifast_inductor.kernels.triangle_attention import tuning
 
 
 @dataclass(frozen=True)
@@ -99,29 +101,97 @@ _DBIAS: _Table = {
 }
 
 
-def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
-    """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype)`, here and below."""
-    return _choose(_FORWARD, dtype, D, I, J, precision)
+def forward_tile(
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int = 1,
+    mask: bool = False,
+    bias: bool = True,
+    device: int = -1,
+) -> Tile:
+    """Tile of `_triangle_attention_fwd`.
+
+    Args:
+        precision: `arguments.dot_precision(dtype)`.
+        mask: whether there is a key term.
+        device: `Tensor.get_device()`; what has been tuned there goes before the shipped table.
+
+    All of it holds for the functions below.
+    """
+    return _choose("forward", dtype, D, I, J, precision, H, mask, bias, device)
 
 
-def dq_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+def dq_tile(
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int = 1,
+    mask: bool = False,
+    bias: bool = True,
+    device: int = -1,
+) -> Tile:
     """Tile of `_triangle_attention_bwd_dq`."""
-    return _choose(_DQ, dtype, D, I, J, precision)
+    return _choose("dq", dtype, D, I, J, precision, H, mask, bias, device)
 
 
-def dkdv_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+def dkdv_tile(
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int = 1,
+    mask: bool = False,
+    bias: bool = True,
+    device: int = -1,
+) -> Tile:
     """Tile of `_triangle_attention_bwd_dkdv`."""
-    return _choose(_DKDV, dtype, D, I, J, precision)
+    return _choose("dkdv", dtype, D, I, J, precision, H, mask, bias, device)
 
 
-def dbias_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
+def dbias_tile(
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int = 1,
+    mask: bool = False,
+    bias: bool = True,
+    device: int = -1,
+) -> Tile:
     """Tile of `_triangle_attention_bwd_dbias`."""
-    return _choose(_DBIAS, dtype, D, I, J, precision)
+    return _choose("dbias", dtype, D, I, J, precision, H, mask, bias, device)
 
 
-def _choose(table: _Table, dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
-    tiles = table[precision if dtype == torch.float32 else "16 bit"]
-    tile = tiles[32 if D <= 32 else 64 if D <= 64 else 128]
+def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str) -> Tile:
+    """The shipped tile, for axes of any length; the kernel by its name in `tuning.KERNELS`."""
+    tiles = _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"]
+    return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
+
+
+_SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
+
+
+def _choose(
+    kernel: str,
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int,
+    mask: bool,
+    bias: bool,
+    device: int,
+) -> Tile:
+    sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
+    tile = heuristic(kernel, dtype, D, precision) if sizes is None else Tile(**sizes)
     return replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
 
 

@@ -1,0 +1,42 @@
+"""The selection of kernels whose figures are kept in `docs/benchmarks/static.csv`, and what may change there."""
+
+from __future__ import annotations
+
+from trifast_inductor.static.figures import Figures, Variant
+
+# Patches of one Triton version reorder instructions; a kernel that truly grew shows by more than this.
+INSTRUCTIONS_TOLERANCE = 1.03
+REGISTERS_TOLERANCE = 8
+SHARED_TOLERANCE_KIB = 1.0
+
+
+def checked_variants() -> list[tuple[Variant, int]]:
+    """A dozen seconds' worth: the usual shape on every architecture, and each other choice once on sm_90."""
+    usual = Variant("bfloat16", 32, "add", bias=True)
+    others = [
+        Variant("bfloat16", 32, "select", bias=True),
+        Variant("bfloat16", 32, "none", bias=True),
+        Variant("bfloat16", 64, "add", bias=True),
+        Variant("bfloat16", 128, "add", bias=True),
+        Variant("float32", 32, "add", bias=True),
+    ]
+    return [*((usual, arch) for arch in (80, 89, 90, 100)), *((variant, 90) for variant in others)]
+
+
+def faults(now: Figures, before: Figures) -> list[str]:
+    """What got worse, in words; a kernel that shrank is no fault."""
+    found = []
+    if now.spills > before.spills:
+        found.append(f"spills {now.spills} times, {before.spills} before")
+    if not now.fits:
+        found.append(f"takes {now.shared_kib:g} KiB of shared memory, more than sm_{now.arch} has")
+    if now.registers > before.registers + REGISTERS_TOLERANCE:
+        found.append(f"{now.registers} registers, {before.registers} before")
+    if now.shared_kib > before.shared_kib + SHARED_TOLERANCE_KIB:
+        found.append(f"{now.shared_kib:g} KiB of shared memory, {before.shared_kib:g} before")
+    limit = (before.instructions_per_score or 0.0) * INSTRUCTIONS_TOLERANCE
+    if now.instructions_per_score is None and before.instructions_per_score is not None:
+        found.append("its hot loop was not found")
+    elif limit and (now.instructions_per_score or 0.0) > limit:
+        found.append(f"{now.instructions_per_score} instructions a score, {before.instructions_per_score} before")
+    return found
