@@ -13,12 +13,12 @@ import math
 import torch
 
 from trifast_inductor.kernels.triangle_attention import validation
-from trifast_inductor.patterns import axes, logits, narrowing, sdpa, terms, values
+from trifast_inductor.patterns import axes, logits, narrowing, scaling, sdpa, terms, values
 from trifast_inductor.patterns.axes import Label, aten, flat, packet
 from trifast_inductor.patterns.canonical import Op, Reading, Size
 from trifast_inductor.patterns.logits import Logits
 from trifast_inductor.patterns.products import is_input
-from trifast_inductor.patterns.site import Declined, Operand, Reason, Refusal, Roles, Site
+from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Refusal, Roles, Site
 from trifast_inductor.patterns.values import Weighted
 
 _SOFTMAXES = {aten._softmax, aten._safe_softmax}
@@ -33,11 +33,11 @@ def find(reading: Reading) -> list[Site | Refusal]:
 def _look_at(anchor: Op, reading: Reading) -> Site | Refusal:
     try:
         if packet(anchor) is aten.scaled_dot_product_attention:
-            site = _assemble(anchor, *sdpa.read(anchor))
+            site = _assemble(anchor, reading, *sdpa.read(anchor))
             if not site.biases or not flat(site.roles.r):
                 raise Declined(Reason.PLAIN_ATTENTION, "no rows share a bias")
         else:
-            site = _assemble(anchor, *_around(anchor))
+            site = _assemble(anchor, reading, *_around(anchor))
         _check(site, reading)
     except Declined as declined:
         return Refusal(anchor.outputs[0], declined.reason, declined.detail)
@@ -57,9 +57,11 @@ def _around(softmax: Op) -> tuple[Logits, Weighted, Label]:
     return above, below, keys
 
 
-def _assemble(anchor: Op, above: Logits, below: Weighted, keys: Label) -> Site:
+def _assemble(anchor: Op, reading: Reading, above: Logits, below: Weighted, keys: Label) -> Site:
     kinds = terms.sort(above.terms, above.selects, above.batch, above.queries, keys)
     q, k, scale, dtype = narrowing.operands(above, below.v)
+    q, q_scale, q_writes = scaling.unscaled(q, below.ends_at, reading)
+    k, k_scale, k_writes = scaling.unscaled(k, below.ends_at, reading)
     return Site(
         softmax=anchor.outputs[0],
         q=q,
@@ -69,7 +71,7 @@ def _assemble(anchor: Op, above: Logits, below: Weighted, keys: Label) -> Site:
         biases=kinds.biases,
         key_terms=kinds.key_terms,
         masks=kinds.masks,
-        scale=scale,
+        scale=scale.times(Factor(q_scale * k_scale)),
         key_term_first=kinds.key_term_first,
         masked_rows_are_zero=below.zeroes_nan or packet(anchor) is aten._safe_softmax,
         roles=Roles(
@@ -83,6 +85,7 @@ def _assemble(anchor: Op, above: Logits, below: Weighted, keys: Label) -> Site:
         ),
         dtype=dtype,
         ends_at=below.ends_at,
+        undone_writes=tuple(dict.fromkeys((*q_writes, *k_writes))),
     )
 
 
@@ -93,7 +96,7 @@ def _check(site: Site, reading: Reading) -> None:
     inputs = [site.q, site.k, site.v, *(term.operand for term in terms), *(part.operand for part in site.masks.all)]
     inputs += [tensor for factor in factors for tensor, _ in factor.tensors]
     for operand in inputs:
-        if reading.written_between(operand.value, operand.read_at, site.ends_at):
+        if reading.written_between(operand.value, operand.read_at, site.ends_at, ignoring=site.undone_writes):
             raise Declined(Reason.INPUT_OVERWRITTEN)
     if site.dtype not in validation.DTYPES:
         raise Declined(Reason.DTYPE, str(site.dtype))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 log = logging.getLogger(__name__)
 
 Size = int | torch.SymInt
+# The target of an `Op` that stands for an alias of something written in place.
+REREAD = "reread after a write"
 
 
 @dataclasses.dataclass(eq=False)
@@ -134,7 +136,7 @@ class Recorder(TorchDispatchMode):
             if alias is not tensor:
                 stale = self._current[id(alias)]
                 inputs = (stale, self._current[id(tensor)])
-                reread = Op("reread after a write", inputs, {}, [], self.time)
+                reread = Op(REREAD, inputs, {}, [], self.time)
                 reread.outputs.append(self._bind(alias, reread))
                 self.ops.append(reread)
                 for value in inputs:
@@ -203,7 +205,8 @@ class _Whole(TorchFunctionMode):
 class Reading:
     """The whole graph, read. `outputs_of[node]` is the Value a user's node returned.
 
-    `bodies` are the graphs of regions that were read through, `unread` the nodes that had to be taken as inputs.
+    `bodies` are the graphs of regions that were read through, `unread` the nodes that had to be taken as inputs,
+    and `input_storages` the memory of all inputs.
     """
 
     ops: list[Op]
@@ -211,10 +214,17 @@ class Reading:
     outputs_of: dict[fx.Node, Value]
     unread: list[fx.Node]
     bodies: list[fx.Graph]
+    input_storages: set[int]
 
-    def written_between(self, value: Value, start: int, end: int) -> bool:
-        """Whether the storage of a value may have changed after `start` and up to `end`."""
-        return any(w.storage == value.storage and start < w.time <= end for w in self.writes)
+    @property
+    def end(self) -> int:
+        """The time of the last op."""
+        return self.ops[-1].time if self.ops else 0
+
+    def written_between(self, value: Value, start: int, end: int, ignoring: Sequence[fx.Node] = ()) -> bool:
+        """Whether the storage of a value may have changed after `start` and up to `end`, some nodes aside."""
+        ignored = {op.time for node in ignoring if (op := self.outputs_of[node].op) is not None}
+        return any(w.storage == value.storage and start < w.time <= end and w.time not in ignored for w in self.writes)
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
@@ -297,7 +307,9 @@ class _Rerun:
                     value.nodes.append(node)
                     outputs_of[node] = value
         self._mark_live()
-        return Reading(self.recorder.ops, self.recorder.writes, outputs_of, self.unread, self.bodies)
+        return Reading(
+            self.recorder.ops, self.recorder.writes, outputs_of, self.unread, self.bodies, self.recorder.input_storages
+        )
 
     def _through(self, node: fx.Node, body: fx.Graph) -> Any:
         """The results of a region, re-run node by node. None of its nodes stands for a value of the outer graph."""

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from trifast_inductor.kernels.triangle_attention import op as triangle_attention_op
-from trifast_inductor.patterns import axes
+from trifast_inductor.patterns import axes, scaling
 from trifast_inductor.patterns.axes import Extent, Label, Labels, aten, flat
-from trifast_inductor.patterns.canonical import Op, Reading, Value, example_of
+from trifast_inductor.patterns.canonical import REREAD, Op, Reading, Value, example_of
 from trifast_inductor.patterns.site import Declined, Factor, MaskPart, Operand, Reason, Site, Term
 
 
@@ -34,6 +34,7 @@ class Lowering:
         self.replaced = site.out.value.nodes[0]
         self.written: list[fx.Node] = []
         self.result: fx.Node | None = None
+        self.retargeted: dict[fx.Node, Any] = {}
 
     def apply(self) -> None:
         """Write the nodes and hand them to every reader of the old result; all or nothing."""
@@ -44,8 +45,13 @@ class Lowering:
             self.undo()
             raise
         self.replaced.replace_all_uses_with(self.result, propagate_meta=False)
+        for node in self.site.undone_writes:
+            self.retargeted[node] = node.target
+            node.target = scaling.out_of_place(node) or node.target
 
     def undo(self) -> None:
+        for node, target in self.retargeted.items():
+            node.target = target
         if self.result is not None:
             self.result.replace_all_uses_with(self.replaced)
         for node in reversed(self.written):
@@ -239,6 +245,8 @@ class Lowering:
         if value.nodes:
             return value.nodes[0]
         op = value.op
+        if op is not None and op.target == REREAD:
+            raise Declined(Reason.INPUT_OVERWRITTEN)
         if op is None or not isinstance(op.target, torch._ops.OpOverload) or _has_effects(op):
             raise Declined(Reason.UNREADABLE, "an input is made inside an opaque call")
         for source in op.inputs:

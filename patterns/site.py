@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 import torch
+from torch import fx
 
 from trifast_inductor.patterns.axes import Atom, Label, Labels, flat
 from trifast_inductor.patterns.canonical import Value
@@ -263,6 +264,7 @@ class Roles:
 class Site:
     """One triangle attention: out = softmax(scale·q·k + biases ⊕ key terms ⊕ masks) · v.
 
+    `undone_writes` are in-place scalings of queries or keys, to be made out of place: the op scales.
     `masked_rows_are_zero`: a softmax of nothing but -inf gives 0 as SDPA's does, and not NaN.
     """
 
@@ -280,3 +282,4 @@ class Site:
     roles: Roles
     dtype: torch.dtype
     ends_at: int
+    undone_writes: tuple[fx.Node, ...] = ()

@@ -74,22 +74,21 @@ class TracedGraphs(TestCase):
 %13 = transpose(%8, -2, -3) : [2, 12, 2, 12, 8]
 %14 = transpose(%10, -2, -3) : [2, 12, 2, 12, 8]
 %15 = transpose(%12, -2, -3) : [2, 12, 2, 12, 8]
-%16 = itruediv(%13, 2.8284271247461903) : [2, 12, 2, 12, 8]
-%17 = permute(%14, 0, 1, 2, 4, 3) : [2, 12, 2, 8, 12]
-%18 = aten.permute.default(%16, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%19 = aten.permute.default(%17, [0, 1, 4, 2, 3]) : [2, 12, 12, 2, 8]
-%20 = aten.permute.default(%15, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%21 = aten.squeeze.dims(%6, [1]) : [2, 2, 12, 12]
-%22 = aten.squeeze.dims(%3, [2, 3]) : [2, 12, 12]
-%23 = trifast_inductor.triangle_attention.default(%18, %19, %20, %21, %22, None, 1.0, 0.0, True)
-%24 = getitem(%23, 0) : [2, 12, 12, 2, 8]
-%25 = aten.permute.default(%24, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
-%26 = transpose(%25, -2, -3) : [2, 12, 12, 2, 8]
-%27 = reshape(%26, 2, 12, 12, -1) : [2, 12, 12, 16]
-%28 = linear(%0, arg8, arg9) : [2, 12, 12, 16]
-%29 = sigmoid(%28) : [2, 12, 12, 16]
-%30 = mul(%29, %27) : [2, 12, 12, 16]
-%31 = linear(%30, arg10, arg11) : [2, 12, 12, 16]""",
+%16 = permute(%14, 0, 1, 2, 4, 3) : [2, 12, 2, 8, 12]
+%17 = aten.permute.default(%13, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%18 = aten.permute.default(%16, [0, 1, 4, 2, 3]) : [2, 12, 12, 2, 8]
+%19 = aten.permute.default(%15, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%20 = aten.squeeze.dims(%6, [1]) : [2, 2, 12, 12]
+%21 = aten.squeeze.dims(%3, [2, 3]) : [2, 12, 12]
+%22 = trifast_inductor.triangle_attention.default(%17, %18, %19, %20, %21, None, 0.35355339059327373, 0.0, True)
+%23 = getitem(%22, 0) : [2, 12, 12, 2, 8]
+%24 = aten.permute.default(%23, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
+%25 = transpose(%24, -2, -3) : [2, 12, 12, 2, 8]
+%26 = reshape(%25, 2, 12, 12, -1) : [2, 12, 12, 16]
+%27 = linear(%0, arg8, arg9) : [2, 12, 12, 16]
+%28 = sigmoid(%27) : [2, 12, 12, 16]
+%29 = mul(%28, %26) : [2, 12, 12, 16]
+%30 = linear(%29, arg10, arg11) : [2, 12, 12, 16]""",
         )
 
     def test_einsum_heads_last(self) -> None:
@@ -197,27 +196,26 @@ class TracedGraphs(TestCase):
 %10 = linear(%3, arg4, None) : [24, 12, 16]
 %11 = view(%10, 24, 12, 2, 8) : [24, 12, 2, 8]
 %12 = transpose(%11, 1, 2) : [24, 2, 12, 8]
-%13 = mul(%6, 0.3535533905932738) : [24, 2, 12, 8]
-%14 = reshape(arg5, 24, 1, 1, 12) : [24, 1, 1, 12]
-%15 = invert(%14) : [24, 1, 1, 12]
-%16 = aten.view.default(%13, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
-%17 = aten.permute.default(%16, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%18 = aten.view.default(%9, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
-%19 = aten.permute.default(%18, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%20 = aten.view.default(%12, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
-%21 = aten.permute.default(%20, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%22 = aten.squeeze.dims(%2, [1]) : [2, 2, 12, 12]
-%23 = aten.view.default(%15, [2, 12, 12]) : [2, 12, 12]
-%24 = trifast_inductor.triangle_attention.default(%17, %19, %21, %22, None, %23, 1.0, -3.4028234663852886e+38, False)
-%25 = getitem(%24, 0) : [2, 12, 12, 2, 8]
-%26 = aten.permute.default(%25, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
-%27 = aten.reshape.default(%26, [24, 2, 12, 8]) : [24, 2, 12, 8]
-%28 = transpose(%27, 1, 2) : [24, 12, 2, 8]
-%29 = reshape(%28, 2, 12, 12, 16) : [2, 12, 12, 16]
-%30 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
-%31 = sigmoid(%30) : [2, 12, 12, 16]
-%32 = mul(%31, %29) : [2, 12, 12, 16]
-%33 = linear(%32, arg8, arg9) : [2, 12, 12, 16]""",
+%13 = reshape(arg5, 24, 1, 1, 12) : [24, 1, 1, 12]
+%14 = invert(%13) : [24, 1, 1, 12]
+%15 = aten.view.default(%6, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
+%16 = aten.permute.default(%15, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%17 = aten.view.default(%9, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
+%18 = aten.permute.default(%17, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%19 = aten.view.default(%12, [2, 12, 2, 12, 8]) : [2, 12, 2, 12, 8]
+%20 = aten.permute.default(%19, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%21 = aten.squeeze.dims(%2, [1]) : [2, 2, 12, 12]
+%22 = aten.view.default(%14, [2, 12, 12]) : [2, 12, 12]
+%23 = trifast_inductor.triangle_attention.default(%16, %18, %20, %21, None, %22, 0.3535533905932738, -3.4028234663852886e+38, False)
+%24 = getitem(%23, 0) : [2, 12, 12, 2, 8]
+%25 = aten.permute.default(%24, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
+%26 = aten.reshape.default(%25, [24, 2, 12, 8]) : [24, 2, 12, 8]
+%27 = transpose(%26, 1, 2) : [24, 12, 2, 8]
+%28 = reshape(%27, 2, 12, 12, 16) : [2, 12, 12, 16]
+%29 = linear(arg0, arg6, arg7) : [2, 12, 12, 16]
+%30 = sigmoid(%29) : [2, 12, 12, 16]
+%31 = mul(%30, %28) : [2, 12, 12, 16]
+%32 = linear(%31, arg8, arg9) : [2, 12, 12, 16]""",
         )
 
     def test_pre_dispatch_aten(self) -> None:
@@ -280,22 +278,21 @@ class TracedGraphs(TestCase):
 %14 = aten.transpose.int(%9, -2, -3) : [2, 12, 2, 12, 8]
 %15 = aten.transpose.int(%11, -2, -3) : [2, 12, 2, 12, 8]
 %16 = aten.transpose.int(%13, -2, -3) : [2, 12, 2, 12, 8]
-%17 = aten.div_.Tensor(%14, 2.8284271247461903) : [2, 12, 2, 12, 8]
-%18 = aten.permute.default(%15, [0, 1, 2, 4, 3]) : [2, 12, 2, 8, 12]
-%19 = aten.permute.default(%17, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%20 = aten.permute.default(%18, [0, 1, 4, 2, 3]) : [2, 12, 12, 2, 8]
-%21 = aten.permute.default(%16, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
-%22 = aten.squeeze.dims(%7, [1]) : [2, 2, 12, 12]
-%23 = aten.squeeze.dims(%4, [2, 3]) : [2, 12, 12]
-%24 = trifast_inductor.triangle_attention.default(%19, %20, %21, %22, %23, None, 1.0, 0.0, True)
-%25 = getitem(%24, 0) : [2, 12, 12, 2, 8]
-%26 = aten.permute.default(%25, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
-%27 = aten.transpose.int(%26, -2, -3) : [2, 12, 12, 2, 8]
-%28 = aten.reshape.default(%27, [2, 12, 12, -1]) : [2, 12, 12, 16]
-%29 = aten.linear.default(%0, arg6, arg7) : [2, 12, 12, 16]
-%30 = aten.sigmoid.default(%29) : [2, 12, 12, 16]
-%31 = aten.mul.Tensor(%30, %28) : [2, 12, 12, 16]
-%32 = aten.linear.default(%31, arg8, arg9) : [2, 12, 12, 16]""",
+%17 = aten.permute.default(%15, [0, 1, 2, 4, 3]) : [2, 12, 2, 8, 12]
+%18 = aten.permute.default(%14, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%19 = aten.permute.default(%17, [0, 1, 4, 2, 3]) : [2, 12, 12, 2, 8]
+%20 = aten.permute.default(%16, [0, 1, 3, 2, 4]) : [2, 12, 12, 2, 8]
+%21 = aten.squeeze.dims(%7, [1]) : [2, 2, 12, 12]
+%22 = aten.squeeze.dims(%4, [2, 3]) : [2, 12, 12]
+%23 = trifast_inductor.triangle_attention.default(%18, %19, %20, %21, %22, None, 0.35355339059327373, 0.0, True)
+%24 = getitem(%23, 0) : [2, 12, 12, 2, 8]
+%25 = aten.permute.default(%24, [0, 1, 3, 2, 4]) : [2, 12, 2, 12, 8]
+%26 = aten.transpose.int(%25, -2, -3) : [2, 12, 12, 2, 8]
+%27 = aten.reshape.default(%26, [2, 12, 12, -1]) : [2, 12, 12, 16]
+%28 = aten.linear.default(%0, arg6, arg7) : [2, 12, 12, 16]
+%29 = aten.sigmoid.default(%28) : [2, 12, 12, 16]
+%30 = aten.mul.Tensor(%29, %27) : [2, 12, 12, 16]
+%31 = aten.linear.default(%30, arg8, arg9) : [2, 12, 12, 16]""",
         )
 
     def test_a_graph_rewritten_once_is_not_rewritten_again(self) -> None:
