@@ -20,6 +20,12 @@ def offset(index, stride):
 
 
 @triton.jit
+def within(index, length, EVEN: tl.constexpr):
+    """Which indices lie below a length; a constant, which the compiler drops from loads, where blocks fit evenly."""
+    return tl.full(index.shape, 1, tl.int1) if EVEN else index < length
+
+
+@triton.jit
 def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """`[rows, BLOCK_D]` of an operand with D columns, zero outside it.
 
@@ -61,7 +67,7 @@ def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr):
     if KEY_TERM == "add":
         term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0.0).to(tl.float32)
     elif KEY_TERM == "select":
-        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0) != 0
+        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0).to(tl.int1)
     else:
         term = in_range  # not read
     return term

@@ -46,7 +46,7 @@ _FORWARD: _Table = {
 
 _DQ: _Table = {
     "16 bit": {
-        32: Tile(64, 32, 4, 3),  # 95, 28 KiB, 17.2; 1.891 ms, 64 x 64 1.963, 128 x 32 1.960
+        32: Tile(64, 32, 4, 3),  # 93, 28 KiB, 15.3; alone at N=256 0.081 ms, 128 x 32 0.085
         64: Tile(64, 32, 4, 2),  # 128, 36 KiB, 18.6; 3.187 ms, 64 x 64 3.337
         128: Tile(64, 32, 4, 2),  # 168, 68 KiB, 22.6; 4.681 ms, 128 x 32 5.026
     },
@@ -64,7 +64,7 @@ _DQ: _Table = {
 
 _DKDV: _Table = {
     "16 bit": {
-        32: Tile(32, 64, 4, 3),  # 123, 22 KiB, 23.1; 1.989 ms, 64 x 64 2.007, 128 x 64 2.031
+        32: Tile(64, 64, 4, 2),  # 151, 27 KiB, 17.6; alone 0.716 ms, 32 x 64 0.736, three stages 0.730
         64: Tile(32, 64, 4, 2),  # 158, 34 KiB, 23.0; 3.273 ms, 64 x 64 3.319
         128: Tile(32, 64, 4, 2),  # 238, 66 KiB, 26.6; 4.665 ms, 32 x 128 5.228; 64 x 64 spills
     },
@@ -82,7 +82,7 @@ _DKDV: _Table = {
 
 _DBIAS: _Table = {
     "16 bit": {
-        32: Tile(64, 32, 4, 3),  # 127, 36 KiB, 16.6; 1.824 ms, 64 x 64 1.809 but with half the programs
+        32: Tile(64, 32, 4, 3),  # 127, 36 KiB, 16.6
         64: Tile(64, 64, 4, 2),  # 243, 64 KiB, 14.3; 2.568 ms, 64 x 32 3.023
         128: Tile(64, 32, 4, 2),  # 178, 96 KiB, 27.9; 4.669 ms, 64 x 64 4.432 but it spills
     },
@@ -99,6 +99,11 @@ _DBIAS: _Table = {
 }
 
 
+# 16 bits and D <= 32, from these lengths on. Alone, at N=512 and N=256:
+_LONG_DQ = (384, Tile(128, 32, 4, 3))  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
+_LONG_DBIAS = (256, Tile(64, 64, 4, 3))  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
+
+
 def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
     """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype)`, here and below."""
     return _choose(_FORWARD, dtype, D, I, J, precision)
@@ -106,6 +111,8 @@ def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> 
 
 def dq_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
     """Tile of `_triangle_attention_bwd_dq`."""
+    if dtype != torch.float32 and D <= 32 and min(I, J) >= _LONG_DQ[0]:
+        return _LONG_DQ[1]
     return _choose(_DQ, dtype, D, I, J, precision)
 
 
@@ -116,7 +123,19 @@ def dkdv_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Til
 
 def dbias_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
     """Tile of `_triangle_attention_bwd_dbias`."""
+    if dtype != torch.float32 and D <= 32 and min(I, J) >= _LONG_DBIAS[0]:
+        return _LONG_DBIAS[1]
     return _choose(_DBIAS, dtype, D, I, J, precision)
+
+
+def dbias_groups(R: int, programs: int) -> int:
+    """Into how many groups of rows dbias is split when one group takes this many programs.
+
+    A group costs a float32 copy of dbias. On an H200 (132 multiprocessors, 2 to 4 programs each) at N=256 six groups
+    took 0.075 ms, two 0.141; at N=512 0.452 and 0.570. A GPU that is nearly empty wants more, shorter ones.
+    """
+    shortest = 16 if programs < 64 else 40
+    return max(1, min(R // shortest, -(-1536 // programs)))
 
 
 def _choose(table: _Table, dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
