@@ -52,10 +52,25 @@ def store_rows(ptr, tile, rows, in_range, stride_row, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def _split(x):
+    """x as the nearest tf32, and what is left of it. A NaN becomes -0 and NaN at worst, an infinity NaN."""
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in float32; acc may be None."""
     if PRECISION == "upcast":
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    elif PRECISION == "3xtf32":
+        a_big, a_small = _split(a)
+        b_big, b_small = _split(b)
+        # Summed apart from acc: tensor cores cut sums off where they should round, and a long sum would drift.
+        part = tl.dot(a_small, b_big, None, input_precision="tf32")
+        part = tl.dot(a_big, b_small, part, input_precision="tf32")
+        part = tl.dot(a_big, b_big, part, input_precision="tf32")
+        acc = part if acc is None else acc + part
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

@@ -32,6 +32,10 @@ _FORWARD: _Table = {
         64: Tile(64, 32, 4, 3),  # 116, 40 KiB, 22.6; 0.667 ms, 64 x 64 0.685, 128 x 64 0.701
         128: Tile(64, 32, 4, 3),  # 164, 72 KiB, 26.7; 1.005 ms, 64 x 64 1.030
     },
+    "3xtf32": {
+        32: Tile(128, 32, 8, 2),  # 128, 64 KiB, 28.3; 1.63 ms, 128 x 64 1.70, 64 x 64 1.79, 64 x 32 1.87
+        64: Tile(64, 32, 4, 2),  # 167, 72 KiB, 42; at N=256 0.46 ms, 64 x 16 0.59
+    },
     "tf32": {
         32: Tile(64, 64, 4, 2),  # 143, 56 KiB, 19.8
         64: Tile(64, 64, 4, 2),  # 162, 96 KiB, 22.3
@@ -49,6 +53,10 @@ _DQ: _Table = {
         32: Tile(64, 32, 4, 3),  # 93, 28 KiB, 15.3; alone at N=256 0.081 ms, 128 x 32 0.085
         64: Tile(64, 32, 4, 2),  # 128, 36 KiB, 18.6; 3.187 ms, 64 x 64 3.337
         128: Tile(64, 32, 4, 2),  # 168, 68 KiB, 22.6; 4.681 ms, 128 x 32 5.026
+    },
+    "3xtf32": {
+        32: Tile(128, 32, 8, 2),  # 128, 96 KiB, 30.1; 2.09 ms, 64 x 64 2.20, 64 x 32 2.40
+        64: Tile(64, 32, 4, 1),  # 221, 45; at N=256 0.68 ms, 64 x 16 in two stages 0.92
     },
     "tf32": {
         32: Tile(64, 64, 4, 2),  # 170, 64 KiB, 18.9
@@ -68,6 +76,10 @@ _DKDV: _Table = {
         64: Tile(32, 64, 4, 2),  # 158, 34 KiB, 23.0; 3.273 ms, 64 x 64 3.319
         128: Tile(32, 64, 4, 2),  # 238, 66 KiB, 26.6; 4.665 ms, 32 x 128 5.228; 64 x 64 spills
     },
+    "3xtf32": {
+        32: Tile(32, 64, 4, 1),  # 209, 49.4; 3.51 ms, two stages 4.24, 32 x 128 3.72, 16 x 64 4.97
+        64: Tile(16, 64, 4, 1),  # 254, 86; at N=256 1.21 ms, two stages 1.25
+    },
     "tf32": {
         32: Tile(32, 64, 4, 2),  # 155, 36 KiB, 27.9
         64: Tile(32, 64, 4, 2),  # 208, 64 KiB, 33.8
@@ -85,6 +97,10 @@ _DBIAS: _Table = {
         32: Tile(64, 32, 4, 3),  # 127, 36 KiB, 16.6
         64: Tile(64, 64, 4, 2),  # 243, 64 KiB, 14.3; 2.568 ms, 64 x 32 3.023
         128: Tile(64, 32, 4, 2),  # 178, 96 KiB, 27.9; 4.669 ms, 64 x 64 4.432 but it spills
+    },
+    "3xtf32": {
+        32: Tile(64, 64, 4, 3),  # 254, 64 KiB, 19.7; 1.11 ms, two stages 1.17, 128 x 64 1.26, 64 x 32 1.51
+        64: Tile(64, 32, 4, 2),  # 208, 64 KiB, 43; at N=256 0.34 ms, 64 x 16 0.49
     },
     "tf32": {
         32: Tile(64, 32, 4, 2),  # 144, 48 KiB, 20.1
@@ -105,7 +121,7 @@ _LONG_DBIAS = (256, Tile(64, 64, 4, 3))  # six groups of rows: 0.452 and 0.075 m
 
 
 def forward_tile(dtype: torch.dtype, D: int, I: int, J: int, precision: str) -> Tile:
-    """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype)`, here and below."""
+    """Tile of `_triangle_attention_fwd`; precision is `arguments.dot_precision(dtype, D)`, here and below."""
     return _choose(_FORWARD, dtype, D, I, J, precision)
 
 
