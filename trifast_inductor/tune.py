@@ -53,7 +53,7 @@ def keys(arguments: argparse.Namespace) -> Iterator[Key]:
     grid = itertools.product(arguments.dtype, arguments.d, arguments.h, masks, lengths, tuning.KERNELS)
     for name, D, H, mask, N, kernel in grid:
         dtype = getattr(torch, name)
-        yield tuning.make_key(kernel, dtype, dot_precision(dtype), D, H, N, mask, bias=True)
+        yield tuning.make_key(kernel, dtype, dot_precision(dtype, D), D, H, N, mask, bias=True)
 
 
 def _tune(wanted: list[Key], device: int) -> int:

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from trifast_inductor.kernels.triangle_attention.tiling import Tile
+
 
 def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
     """`stride_qb`, `stride_qr`, ... of a tensor with one letter for each axis; zeros for None."""
@@ -18,19 +20,38 @@ def padded_head(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How products of this dtype round: float32 as torch's own do under the present settings.
+def float32_precision(dtype: torch.dtype) -> str | None:
+    """How torch multiplies float32 under the present settings; None for another dtype.
 
     `fp32_precision` reads right whichever of torch's APIs set it; `get_float32_matmul_precision` and
     `allow_tf32` raise once the old and the new API have been mixed.
+    """
+    return torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else None
+
+
+def dot_precision(dtype: torch.dtype, D: int) -> str:
+    """How products of this dtype are made: float32 rounds as torch's own do.
+
+    "3xtf32" is float32 in all but the last bit or so, out of three tf32 products on tensor cores: within the error
+    budget, and several times as fast as fused multiply-adds ("ieee").
     """
     if dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         # The interpreter multiplies the bits of bfloat16 as integers; remove once all supported versions have
         # https://github.com/triton-lang/triton/issues/11584 mended.
         return "upcast"
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype != torch.float32:
+        return "ieee"
+    if float32_precision(dtype) == "tf32":
         return "tf32"
-    return "ieee"
+    # At D = 128 the halves of both operands spill whatever the tile (sm_90).
+    return "3xtf32" if D <= 64 and _has_tf32() else "ieee"
+
+
+def _has_tf32() -> bool:
+    if triton.knobs.runtime.interpret:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 80
 
 
 def rows_are_aligned(tensor: Tensor) -> bool:
@@ -40,20 +61,15 @@ def rows_are_aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(step % unit == 0 for step in outer)
 
 
-def with_aligned_rows(bias: Tensor) -> Tensor:
-    """The bias, in rows that start and end on 16 elements and lie dense: copied unless it is so.
-
-    A bias is often a view of `[B, I, J, H]`, and J any number; each of its elements is then loaded through a
-    pointer of its own, once for each row r. A copy has the size of the bias, and is read R times.
-    """
-    *outer, J = bias.shape
+def bias_is_aligned(bias: Tensor) -> bool:
+    """Whether the kernels can read the rows of the bias as they lie: dense, starting and ending on 16 elements."""
     # 16 elements, not bytes: that is what Triton looks for in a stride.
-    if J % 16 == 0 and rows_are_aligned(bias) and all(stride % 16 == 0 for stride in bias.stride()[:-1]):
-        return bias
-    rows = torch.empty((*outer, J + -J % 16), dtype=bias.dtype, device=bias.device)
-    rows[..., :J] = bias
-    rows[..., J:] = 0
-    return rows
+    return bias.shape[3] % 16 == 0 and rows_are_aligned(bias) and all(stride % 16 == 0 for stride in bias.stride()[:-1])
+
+
+def evenness(I: int, J: int, tile: Tile) -> dict[str, bool]:
+    """Whether blocks of this tile fit the lengths: then no load needs a mask."""
+    return {"EVEN_I": I % tile.BLOCK_I == 0, "EVEN_J": J % tile.BLOCK_J == 0}
 
 
 def shared(
@@ -67,17 +83,10 @@ def shared(
     fill: float,
     key_term_first: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments that every kernel takes."""
+    """What every kernel takes besides tensors, by name; the bias is the one the kernels read."""
     _, R, I, H, D = q.shape
-    bias = None if bias is None else with_aligned_rows(bias)
-    # Triton loads a bool as the byte it is; naming it so keeps one spelling for the load.
-    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+    key = key_bias if key_mask is None else key_mask
     return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "bias_ptr": bias,
-        "key_ptr": key,
         **strides("q", q, "brihd"),
         **strides("k", k, "brjhd"),
         **strides("v", v, "brjhd"),
@@ -95,6 +104,6 @@ def shared(
         "HAS_BIAS": bias is not None,
         "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
         "KEY_TERM_FIRST": key_term_first,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": dot_precision(q.dtype, D),
         "ALIGNED": all(map(rows_are_aligned, (q, k, v))),
     }

@@ -4,7 +4,8 @@
     dq = scale·Σ_j ds·k     dk = scale·Σ_i ds·q     dv = Σ_i p·grad_out     dbias = Σ_r ds
 
 dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
-walks the rows, so that nothing is added up across programs. The price: nine products where five would do.
+walks the rows. Nothing is added up across programs, but for dbias where its tiles are too few to fill a GPU: groups
+of rows are then summed apart and added in order. The price: nine products where five would do.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
 """
@@ -16,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, tiling
+from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
+from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     load_key_term,
@@ -24,6 +28,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     offset,
     probabilities,
     store_rows,
+    within,
 )
 from trifast_inductor.kernels.triangle_attention.order import program_place
 
@@ -37,10 +42,9 @@ def _triangle_attention_bwd_dq(
     key_ptr,
     do_ptr,
     out_ptr,  # [B, R, I, H, D] contiguous
-    row_max_ptr,  # [B, R, H, I] contiguous, as the next three
-    row_sum_ptr,
-    log2_sum_ptr,  # the two that the other kernels need are written here
-    delta_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
+    terms_ptr,  # [B, R, H, 2, I] contiguous: log2 of the sum and δ are left here for the other kernels
     dq_ptr,  # [B, R, I, H, D] contiguous
     stride_qb: tl.int64,
     stride_qr: tl.int64,
@@ -83,6 +87,7 @@ def _triangle_attention_bwd_dq(
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -91,7 +96,7 @@ def _triangle_attention_bwd_dq(
     first = block * BLOCK_I
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    i_in_range = i < I - first
+    i_in_range = within(i, I - first, EVEN_I)
 
     q_ptr += b * stride_qb + r * stride_qr + h * stride_qh + first * stride_qi
     k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
@@ -103,7 +108,9 @@ def _triangle_attention_bwd_dq(
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
     out_offset = (((b * R + r) * I + first) * H + h) * D
-    statistics = ((b * R + r) * H + h) * I + first + i
+    head = (b * R + r) * H + h
+    statistics = head * I + first + i
+    terms_ptr += head * 2 * I + first
 
     q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
     do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
@@ -111,18 +118,18 @@ def _triangle_attention_bwd_dq(
     row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + statistics, mask=i_in_range, other=1.0))
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(log2_sum_ptr + statistics, log2_sum, mask=i_in_range)
-    tl.store(delta_ptr + statistics, delta, mask=i_in_range)
+    tl.store(terms_ptr + i, log2_sum, mask=i_in_range)
+    tl.store(terms_ptr + I + i, delta, mask=i_in_range)
 
     dq = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     for start in range(0, J, BLOCK_J):
-        in_range = j < J - start
+        in_range = within(j, J - start, EVEN_J)
         k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
-            bias_in_range = i_in_range[:, None] & (j < J_bias - start)[None, :]
+            bias_in_range = i_in_range[:, None] & within(j, J_bias - start, EVEN_J)[None, :]
             bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         x = logits_tile(
             qk,
@@ -165,9 +172,8 @@ def _triangle_attention_bwd_dkdv(
     bias_ptr,
     key_ptr,
     do_ptr,
-    row_max_ptr,  # [B, R, H, I] contiguous, as the next two
-    log2_sum_ptr,
-    delta_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    terms_ptr,  # [B, R, H, 2, I] contiguous
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
     stride_qb: tl.int64,
@@ -211,6 +217,8 @@ def _triangle_attention_bwd_dkdv(
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -218,7 +226,7 @@ def _triangle_attention_bwd_dkdv(
     first = block * BLOCK_J
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    j_in_range = j < J - first
+    j_in_range = within(j, J - first, EVEN_J)
 
     q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
     k_ptr += b * stride_kb + r * stride_kr + h * stride_kh + first * stride_kj
@@ -229,7 +237,9 @@ def _triangle_attention_bwd_dkdv(
         bias_offsets = offset(j, stride_bias_j)[:, None] + offset(i, stride_bias_i)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r + first * tl.cast(stride_key_j, tl.int64)
-    statistics = ((b * R + r) * H + h) * I + i
+    head = (b * R + r) * H + h
+    row_max_ptr += head * I
+    terms_ptr += head * 2 * I
 
     k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
     v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
@@ -239,19 +249,19 @@ def _triangle_attention_bwd_dkdv(
 
     # Tiles are [j, i] here: p and ds are the left operands of their products as they come.
     for start in range(0, I, BLOCK_I):
-        in_range = i < I - start
+        in_range = within(i, I - start, EVEN_I)
         q = load_rows(q_ptr, i, in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         bias = 0.0
         if HAS_BIAS:
-            bias_in_range = (j < J_bias - first)[:, None] & in_range[None, :]
+            bias_in_range = within(j, J_bias - first, EVEN_J)[:, None] & in_range[None, :]
             bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         # Keys past the end are whole rows of this tile, and are not stored: no need to make them -inf.
         x = logits_tile(kq, bias, key[:, None], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
         # An infinite maximum makes p = 0 for a query past the end, whatever the key term.
-        row_max = tl.load(row_max_ptr + statistics + start, mask=in_range, other=float("inf"))
-        log2_sum = tl.load(log2_sum_ptr + statistics + start, mask=in_range, other=0.0)
-        delta = tl.load(delta_ptr + statistics + start, mask=in_range, other=0.0)
+        row_max = tl.load(row_max_ptr + start + i, mask=in_range, other=float("inf"))
+        log2_sum = tl.load(terms_ptr + start + i, mask=in_range, other=0.0)
+        delta = tl.load(terms_ptr + I + start + i, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
         do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
@@ -279,10 +289,9 @@ def _triangle_attention_bwd_dbias(
     bias_ptr,
     key_ptr,
     do_ptr,
-    row_max_ptr,  # [B, R, H, I] contiguous, as the next two
-    log2_sum_ptr,
-    delta_ptr,
-    dbias_ptr,  # [B, H, I, J] contiguous
+    row_max_ptr,  # [B, R, H, I] contiguous
+    terms_ptr,  # [B, R, H, 2, I] contiguous
+    dbias_ptr,  # [groups, B, H, I, J] contiguous
     stride_qb: tl.int64,
     stride_qr: tl.int64,
     stride_qi: tl.int64,
@@ -310,10 +319,12 @@ def _triangle_attention_bwd_dbias(
     stride_doi: tl.int64,
     stride_doh: tl.int64,
     stride_dod,
+    B,
     R,
     H,
     I,
     J,
+    rows,  # of r, to a group
     J_bias,  # J rounded up: so far do the rows of the bias go
     scale,
     fill,
@@ -324,6 +335,8 @@ def _triangle_attention_bwd_dbias(
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -331,40 +344,44 @@ def _triangle_attention_bwd_dbias(
     pid = tl.program_id(0)
     blocks_i = tl.cdiv(I, BLOCK_I)
     blocks_j = tl.cdiv(J, BLOCK_J)
-    head = pid // (blocks_i * blocks_j)
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
+    head = (pid // (blocks_i * blocks_j)).to(tl.int64)  # of [groups, B, H]
+    h = head % H
+    b = head // H % B
+    first_row = head // H // B * rows
+    rows = tl.minimum(rows, R - first_row).to(tl.int32)
     first_i = pid // blocks_j % blocks_i * BLOCK_I
     first_j = (pid % blocks_j * BLOCK_J).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    i_in_range = i < I - first_i
-    j_in_range = j < J - first_j
+    i_in_range = within(i, I - first_i, EVEN_I)
+    j_in_range = within(j, J - first_j, EVEN_J)
     in_range = i_in_range[:, None] & j_in_range[None, :]
 
-    q_ptr += b * stride_qb + h * stride_qh + first_i * stride_qi
-    k_ptr += b * stride_kb + h * stride_kh + first_j * stride_kj
-    v_ptr += b * stride_vb + h * stride_vh + first_j * stride_vj
-    do_ptr += b * stride_dob + h * stride_doh + first_i * stride_doi
+    q_ptr += b * stride_qb + first_row * stride_qr + h * stride_qh + first_i * stride_qi
+    k_ptr += b * stride_kb + first_row * stride_kr + h * stride_kh + first_j * stride_kj
+    v_ptr += b * stride_vb + first_row * stride_vr + h * stride_vh + first_j * stride_vj
+    do_ptr += b * stride_dob + first_row * stride_dor + h * stride_doh + first_i * stride_doi
     bias_ptr += b * stride_bias_b + h * stride_bias_h + first_i * stride_bias_i + first_j * stride_bias_j
     bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
-    bias_in_range = i_in_range[:, None] & (j < J_bias - first_j)[None, :]
+    bias_in_range = i_in_range[:, None] & within(j, J_bias - first_j, EVEN_J)[None, :]
     bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
     if KEY_TERM != "none":
-        key_ptr += b * stride_key_b + first_j * stride_key_j
-    statistics = (b * R * H + h) * I + first_i + i
+        key_ptr += b * stride_key_b + first_row * stride_key_r + first_j * stride_key_j
+    row = (b * R + first_row) * H + h
+    row_max_ptr += row * I + first_i
+    terms_ptr += row * 2 * I + first_i
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    for _ in range(R):
+    for _ in range(rows):
         q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
         k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         # Keys past the end are not stored: no need to make them -inf.
         x = logits_tile(qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
-        row_max = tl.load(row_max_ptr + statistics, mask=i_in_range, other=0.0)
-        log2_sum = tl.load(log2_sum_ptr + statistics, mask=i_in_range, other=0.0)
-        delta = tl.load(delta_ptr + statistics, mask=i_in_range, other=0.0)
+        row_max = tl.load(row_max_ptr + i, mask=i_in_range, other=0.0)
+        log2_sum = tl.load(terms_ptr + i, mask=i_in_range, other=0.0)
+        delta = tl.load(terms_ptr + I + i, mask=i_in_range, other=0.0)
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
         do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
         v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
@@ -378,15 +395,106 @@ def _triangle_attention_bwd_dbias(
         k_ptr += stride_kr
         v_ptr += stride_vr
         do_ptr += stride_dor
-        statistics += H * I
+        row_max_ptr += H * I
+        terms_ptr += 2 * H * I
         if KEY_TERM != "none":
             key_ptr += stride_key_r
 
     tl.store(
-        dbias_ptr + (head.to(tl.int64) * I + first_i) * J + first_j + (i * J)[:, None] + j[None, :],
+        dbias_ptr + (head * I + first_i) * J + first_j + (i * J)[:, None] + j[None, :],
         dbias.to(dbias_ptr.dtype.element_ty),
         mask=in_range,
     )
+
+
+@triton.jit
+def _triangle_attention_bwd_sum(
+    parts_ptr,  # [groups, count] contiguous, float32
+    sum_ptr,  # [count]
+    count: tl.int64,
+    groups,
+    BLOCK_J: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    total = tl.zeros([BLOCK_J], tl.float32)
+    for _ in range(groups):
+        total += tl.load(parts_ptr + place, mask=place < count, other=0.0)
+        parts_ptr += count
+    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < count)
+
+
+_SUM_TILE = tiling.Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
+
+
+class _Plan:
+    """What `launch` decides from shapes, strides and dtypes alone."""
+
+    def __init__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        needs_dbias: bool,
+    ) -> None:
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        self.terms_shape = (B, R, H, 2, I)
+        self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
+        self.dbias_dtype = q.dtype if bias is None else bias.dtype
+        self.is_empty = 0 in (B, R, I, H, J)
+        if self.is_empty:
+            return
+        self.aligned = None if bias is None else AlignedRows(bias)
+        rows = None if self.aligned is None or bias is None else self.aligned(bias)
+        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
+        shared |= {
+            **arguments.strides("do", grad_out, "brihd"),
+            "B": B,
+            "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
+        }
+        kind = (
+            q.dtype,
+            D,
+            I,
+            J,
+            shared["PRECISION"],
+            H,
+            shared["KEY_TERM"] != "none",
+            bias is not None,
+            q.get_device(),
+        )
+        tile = tiling.dq_tile(*kind)
+        programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
+        self.dq = Launch(_triangle_attention_bwd_dq, programs, shared | arguments.evenness(I, J, tile), tile)
+        tile = tiling.dkdv_tile(*kind)
+        programs = B * R * H * triton.cdiv(J, tile.BLOCK_J)
+        self.dkdv = Launch(_triangle_attention_bwd_dkdv, programs, shared | arguments.evenness(I, J, tile), tile)
+
+        self.dbias: Launch | None = None
+        self.sum: Launch | None = None
+        if self.dbias_shape == (0,):
+            return
+        tile = tiling.dbias_tile(*kind)
+        programs = B * H * triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
+        grouped = triton.cdiv(R, tiling.dbias_groups(R, programs))
+        groups = triton.cdiv(R, grouped)
+        rest = {"rows": grouped, **arguments.evenness(I, J, tile)}
+        self.dbias = Launch(_triangle_attention_bwd_dbias, groups * programs, shared | rest, tile)
+        if groups > 1:
+            self.parts_shape = (groups, *self.dbias_shape)
+            count = B * H * I * J
+            blocks = triton.cdiv(count, _SUM_TILE.BLOCK_J)
+            self.sum = Launch(_triangle_attention_bwd_sum, blocks, {"count": count, "groups": groups}, _SUM_TILE)
+
+
+_plans: Plans[_Plan] = Plans()
 
 
 def launch(
@@ -410,41 +518,29 @@ def launch(
     Takes what `op.py` has checked, in any strides. dbias is empty unless there is a bias and it is asked for.
     Two runs on the same inputs agree to the bit.
     """
-    B, R, I, H, D = q.shape
-    J = k.shape[2]
+    numbers = (scale, fill, key_term_first, needs_dbias)
+    signed = signature(grad_out, q, k, v, bias, key_bias, key_mask)
+    key = (signed, numbers, float32_precision(q.dtype))
+    plan = _plans.get(key) or _plans.add(key, _Plan(grad_out, q, k, v, bias, key_bias, key_mask, *numbers))
     # Allocated dense: `empty_like` would keep the strides of an input.
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)
-    dv = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    if bias is not None and needs_dbias:
-        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    else:
-        dbias = torch.empty(0, dtype=q.dtype, device=q.device)
-    if 0 in (B, R, I, H, J):
+    dv = torch.empty_like(dk)
+    dbias = torch.empty(plan.dbias_shape, dtype=plan.dbias_dtype, device=q.device)
+    if plan.is_empty:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
 
+    terms = torch.empty(plan.terms_shape, dtype=torch.float32, device=q.device)
     out, row_max, row_sum = out.contiguous(), row_max.contiguous(), row_sum.contiguous()
-    shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    shared |= {
-        "do_ptr": grad_out,
-        **arguments.strides("do", grad_out, "brihd"),
-        "row_max_ptr": row_max,
-        "log2_sum_ptr": torch.empty_like(row_max),
-        "delta_ptr": torch.empty_like(row_max),
-        "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
-    }
-    launch_key = (H, shared["KEY_TERM"] != "none", shared["HAS_BIAS"], q.get_device())
-    with torch.cuda.device_of(q):
-        tile = tiling.dq_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
-        _triangle_attention_bwd_dq[(B * R * H * triton.cdiv(I, tile.BLOCK_I),)](
-            out_ptr=out, row_sum_ptr=row_sum, dq_ptr=dq, EVEN_J=J % tile.BLOCK_J == 0, **shared, **vars(tile)
-        )
-        tile = tiling.dkdv_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
-        _triangle_attention_bwd_dkdv[(B * R * H * triton.cdiv(J, tile.BLOCK_J),)](
-            dk_ptr=dk, dv_ptr=dv, **shared, **vars(tile)
-        )
-        if dbias.numel():
-            tile = tiling.dbias_tile(q.dtype, D, I, J, shared["PRECISION"], *launch_key)
-            tiles = triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
-            _triangle_attention_bwd_dbias[(B * H * tiles,)](dbias_ptr=dbias, **shared, **vars(tile))
+    with on_device_of(q):
+        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
+        read = (q, k, v, rows, key_bias if key_mask is None else key_mask, grad_out)
+        plan.dq(*read, out, row_max, row_sum, terms, dq)
+        plan.dkdv(*read, row_max, terms, dk, dv)
+        if plan.sum is not None and plan.dbias is not None:
+            parts = torch.empty(plan.parts_shape, dtype=torch.float32, device=q.device)
+            plan.dbias(*read, row_max, terms, parts)
+            plan.sum(parts, dbias)
+        elif plan.dbias is not None:
+            plan.dbias(*read, row_max, terms, dbias)
     return dq, dk, dv, dbias

@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, tiling, validation
+from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
+from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -21,6 +24,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     logits_tile,
     offset,
     store_rows,
+    within,
 )
 from trifast_inductor.kernels.triangle_attention.order import program_place
 
@@ -72,6 +76,7 @@ def _triangle_attention_fwd(
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN_I: tl.constexpr,
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -80,7 +85,7 @@ def _triangle_attention_fwd(
     first = block * BLOCK_I
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
-    i_in_range = i < I - first
+    i_in_range = within(i, I - first, EVEN_I)
 
     q_ptr += b * stride_qb + r * stride_qr + h * stride_qh + first * stride_qi
     k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
@@ -97,13 +102,13 @@ def _triangle_attention_fwd(
     acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
 
     for start in range(0, J, BLOCK_J):
-        in_range = j < J - start
+        in_range = within(j, J - start, EVEN_J)
         k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
         key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
-            bias_in_range = i_in_range[:, None] & (j < J_bias - start)[None, :]
+            bias_in_range = i_in_range[:, None] & within(j, J_bias - start, EVEN_J)[None, :]
             bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         x = logits_tile(
             qk,
@@ -143,6 +148,52 @@ def _triangle_attention_fwd(
     tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)
 
 
+class _Plan:
+    """What `launch` decides from shapes, strides and dtypes alone."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+    ) -> None:
+        validation.check_op(q, k, v, bias, key_bias, key_mask)
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        self.out_shape = (B, R, I, H, D)
+        self.statistics_shape = (B, R, H, I)
+        self.has_no_keys = J == 0
+        self.is_empty = self.has_no_keys or 0 in self.out_shape
+        if self.is_empty:
+            return
+        self.aligned = None if bias is None else AlignedRows(bias)
+        rows = None if self.aligned is None or bias is None else self.aligned(bias)
+        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
+        kind = (
+            q.dtype,
+            D,
+            I,
+            J,
+            shared["PRECISION"],
+            H,
+            shared["KEY_TERM"] != "none",
+            bias is not None,
+            q.get_device(),
+        )
+        tile = tiling.forward_tile(*kind)
+        programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
+        self.run = Launch(_triangle_attention_fwd, programs, shared | arguments.evenness(I, J, tile), tile)
+
+
+_plans: Plans[_Plan] = Plans()
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -156,30 +207,20 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out `[B, R, I, H, D]`, and row maximum and row sum `[B, R, H, I]` in float32, all contiguous.
 
-    Takes what `op.py` has checked, in any strides. No keys at all: out and row sum are 0, row maximum -inf.
+    Checks what it takes, which may have any strides, the first time that it meets such shapes. No keys at all: out
+    and row sum are 0, row maximum -inf.
     """
-    B, R, I, H, D = q.shape
-    J = k.shape[2]
-    out = torch.empty((B, R, I, H, D), dtype=q.dtype, device=q.device)
-    row_max = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
+    given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    key = (signature(q, k, v, bias, key_bias, key_mask), scale, fill, key_term_first, float32_precision(q.dtype))
+    plan = _plans.get(key) or _plans.add(key, _Plan(*given))
+    out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
+    row_max = torch.empty(plan.statistics_shape, dtype=torch.float32, device=q.device)
     row_sum = torch.empty_like(row_max)
-    if J == 0:
-        return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
-    if out.numel() == 0:
+    if plan.is_empty:
+        if plan.has_no_keys:
+            return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
         return out, row_max, row_sum
-
-    shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    tile = tiling.forward_tile(
-        q.dtype, D, I, J, shared["PRECISION"], H, shared["KEY_TERM"] != "none", shared["HAS_BIAS"], q.get_device()
-    )
-    programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
-    with torch.cuda.device_of(q):
-        _triangle_attention_fwd[(programs,)](
-            out_ptr=out,
-            row_max_ptr=row_max,
-            row_sum_ptr=row_sum,
-            EVEN_J=J % tile.BLOCK_J == 0,
-            **shared,
-            **vars(tile),
-        )
+    with on_device_of(q):
+        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
+        plan.run(q, k, v, rows, key_bias if key_mask is None else key_mask, out, row_max, row_sum)
     return out, row_max, row_sum

@@ -20,6 +20,12 @@ def offset(index, stride):
 
 
 @triton.jit
+def within(index, length, EVEN: tl.constexpr):
+    """Which indices lie below a length; a constant, which the compiler drops from loads, where blocks fit evenly."""
+    return tl.full(index.shape, 1, tl.int1) if EVEN else index < length
+
+
+@triton.jit
 def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
     """`[rows, BLOCK_D]` of an operand with D columns, zero outside it.
 
@@ -46,10 +52,25 @@ def store_rows(ptr, tile, rows, in_range, stride_row, D: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def _split(x):
+    """x as the nearest tf32, and what is left of it. A NaN becomes -0 and NaN at worst, an infinity NaN."""
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in float32; acc may be None."""
     if PRECISION == "upcast":
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    elif PRECISION == "3xtf32":
+        a_big, a_small = _split(a)
+        b_big, b_small = _split(b)
+        # Summed apart from acc: tensor cores cut sums off where they should round, and a long sum would drift.
+        part = tl.dot(a_small, b_big, None, input_precision="tf32")
+        part = tl.dot(a_big, b_small, part, input_precision="tf32")
+        part = tl.dot(a_big, b_big, part, input_precision="tf32")
+        acc = part if acc is None else acc + part
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
@@ -61,7 +82,7 @@ def load_key_term(ptr, keys, in_range, stride_j, KEY_TERM: tl.constexpr):
     if KEY_TERM == "add":
         term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0.0).to(tl.float32)
     elif KEY_TERM == "select":
-        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0) != 0
+        term = tl.load(ptr + offset(keys, stride_j), mask=in_range, other=0).to(tl.int1)
     else:
         term = in_range  # not read
     return term

@@ -40,10 +40,11 @@ _TERMS = (
 )
 
 _library = torch.library.Library("trifast_inductor", "DEF")
-_library.define(
-    f"triangle_attention({_TERMS}, bool masked_rows_are_zero=False) -> (Tensor out, Tensor row_max, Tensor row_sum)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
+for _name in ("triangle_attention", "triangle_attention_forward"):
+    _library.define(
+        f"{_name}({_TERMS}, bool masked_rows_are_zero=False) -> (Tensor out, Tensor row_max, Tensor row_sum)",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    )
 _library.define(
     f"triangle_attention_backward(Tensor grad_out, {_TERMS}, Tensor out, Tensor row_max, Tensor row_sum, "
     "bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
@@ -51,6 +52,9 @@ _library.define(
 )
 
 triangle_attention = torch.ops.trifast_inductor.triangle_attention.default
+# What is left of it once it has been differentiated: no autograd of its own, so that a compiled graph does not
+# pass through Python twice for each call.
+triangle_attention_forward = torch.ops.trifast_inductor.triangle_attention_forward.default
 triangle_attention_backward = torch.ops.trifast_inductor.triangle_attention_backward.default
 
 
@@ -77,9 +81,9 @@ def _forward(
     key_term_first: bool,
     masked_rows_are_zero: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    validation.check_op(q, k, v, bias, key_bias, key_mask)
     arguments = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
     if _runs_in_torch(q):
+        validation.check_op(q, k, v, bias, key_bias, key_mask)
         result = cpu.forward(*arguments)
     else:
         from trifast_inductor.kernels.triangle_attention import forward
@@ -164,49 +168,76 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, _ = inputs
-    out, row_max, row_sum = output
-    if key_bias is not None and ctx.needs_input_grad[4]:
-        raise DtypeError(
-            "key_bias must not require a gradient, got one that does: use key_bias.detach(), "
-            "or pass a term that is learned as part of the pair bias"
+class _TriangleAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, row_max, row_sum = triangle_attention_forward(*inputs)
+        return out, row_max, row_sum
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, *_ = inputs
+        out, row_max, row_sum = output
+        if key_bias is not None and ctx.needs_input_grad[4]:
+            raise DtypeError(
+                "key_bias must not require a gradient, got one that does: use key_bias.detach(), "
+                "or pass a term that is learned as part of the pair bias"
+            )
+        ctx.save_for_backward(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum)
+        ctx.scale, ctx.fill, ctx.key_term_first, ctx.inputs = scale, fill, key_term_first, len(inputs)
+        ctx.mark_non_differentiable(row_max, row_sum)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * ctx.inputs
+        q, k, v, bias, key_bias, key_mask, out, row_max, row_sum = ctx.saved_tensors
+        needs_dbias = bias is not None and ctx.needs_input_grad[3]
+        gradients = _Gradients.apply if torch.is_grad_enabled() else triangle_attention_backward
+        dq, dk, dv, dbias = gradients(
+            grad_out,
+            q,
+            k,
+            v,
+            bias,
+            key_bias,
+            key_mask,
+            ctx.scale,
+            ctx.fill,
+            ctx.key_term_first,
+            out,
+            row_max,
+            row_sum,
+            needs_dbias,
         )
-    ctx.save_for_backward(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum)
-    ctx.scale, ctx.fill, ctx.key_term_first = scale, fill, key_term_first
-    ctx.mark_non_differentiable(row_max, row_sum)
-    ctx.set_materialize_grads(False)
+        return dq, dk, dv, dbias if needs_dbias else None, *(None,) * (ctx.inputs - 4)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 10
-    q, k, v, bias, key_bias, key_mask, out, row_max, row_sum = ctx.saved_tensors
-    needs_dbias = bias is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias = triangle_attention_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        bias,
-        key_bias,
-        key_mask,
-        ctx.scale,
-        ctx.fill,
-        ctx.key_term_first,
-        out,
-        row_max,
-        row_sum,
-        needs_dbias,
-    )
-    return dq, dk, dv, dbias if needs_dbias else None, None, None, None, None, None, None
+class _Gradients(torch.autograd.Function):
+    """The backward where a graph of it is asked for: it can be built, not used."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dq, dk, dv, dbias = triangle_attention_backward(*inputs)
+        return dq, dk, dv, dbias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise DoubleBackwardError(
+            "triangle_attention is differentiable once: for a gradient of a gradient, compile that part "
+            "of the model with backend='inductor', or call trifast_inductor.unregister() first"
+        )
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    raise DoubleBackwardError(
-        "triangle_attention is differentiable once: for a gradient of a gradient, compile that part "
-        "of the model with backend='inductor', or call trifast_inductor.unregister() first"
-    )
+def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        return _TriangleAttention.apply(*inputs)
+    return triangle_attention_forward(*inputs)
 
 
 def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -221,12 +252,13 @@ def _backward_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_sh
 
 for _key in ("CPU", "CUDA"):
     _library.impl("triangle_attention", _forward, _key)
+    _library.impl("triangle_attention_forward", _forward, _key)
     _library.impl("triangle_attention_backward", _backward, _key)
-torch.library.register_fake("trifast_inductor::triangle_attention", _fake_forward, lib=_library)
-torch.library.register_fake("trifast_inductor::triangle_attention_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "trifast_inductor::triangle_attention", _differentiate, setup_context=_save_for_backward, lib=_library
-)
-torch.library.register_autograd("trifast_inductor::triangle_attention_backward", _refuse_double_backward, lib=_library)
-torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention)(_forward_flops)
-torch.utils.flop_counter.register_flop_formula(torch.ops.trifast_inductor.triangle_attention_backward)(_backward_flops)
+_library.impl("triangle_attention", _differentiable, "Autograd")
+for _name, _fake, _flops in (
+    ("triangle_attention", _fake_forward, _forward_flops),
+    ("triangle_attention_forward", _fake_forward, _forward_flops),
+    ("triangle_attention_backward", _fake_backward, _backward_flops),
+):
+    torch.library.register_fake(f"trifast_inductor::{_name}", _fake, lib=_library)
+    torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.trifast_inductor, _name))(_flops)

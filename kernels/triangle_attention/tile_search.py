@@ -104,7 +104,7 @@ def search(device: int, key: Key, measure: Measure = median_ms, workload: Worklo
     Raises whatever the shipped tile's own launch raises: then there is nothing to compare with.
     """
     run = workload(device, key)
-    heuristic = _clipped(asdict(tiling.heuristic(key.kernel, key.dtype, key.D, key.precision)), key)
+    heuristic = _clipped(asdict(tiling.heuristic(key.kernel, key.dtype, key.D, key.precision, key.length)), key)
     tuning.use(device, key, heuristic)
     expected = [result.clone() for result in run()]
     times = {tuple(heuristic.values()): measure(run)}

@@ -1,4 +1,4 @@
-"""Tile choice for every kernel: shipped heuristics, and what has been tuned on this machine (`tuning.py`).
+"""Tile choice for every kernel: shipped heuristics, apart from what the kernels mean.
 
 Every entry was compiled for sm_90 and sm_80: on sm_90 no register is spilled (two of the float32 entries spill
 8 bytes), and shared memory stays under the 99 KiB that one program may have on sm_86 and sm_89. Figures beside an
@@ -34,6 +34,10 @@ _FORWARD: _Table = {
         64: Tile(64, 32, 4, 3),  # 116, 40 KiB, 22.6; 0.667 ms, 64 x 64 0.685, 128 x 64 0.701
         128: Tile(64, 32, 4, 3),  # 164, 72 KiB, 26.7; 1.005 ms, 64 x 64 1.030
     },
+    "3xtf32": {
+        32: Tile(128, 32, 8, 2),  # 128, 64 KiB, 28.3; 1.63 ms, 128 x 64 1.70, 64 x 64 1.79, 64 x 32 1.87
+        64: Tile(64, 32, 4, 2),  # 167, 72 KiB, 42; at N=256 0.46 ms, 64 x 16 0.59
+    },
     "tf32": {
         32: Tile(64, 64, 4, 2),  # 143, 56 KiB, 19.8
         64: Tile(64, 64, 4, 2),  # 162, 96 KiB, 22.3
@@ -48,9 +52,13 @@ _FORWARD: _Table = {
 
 _DQ: _Table = {
     "16 bit": {
-        32: Tile(64, 32, 4, 3),  # 95, 28 KiB, 17.2; 1.891 ms, 64 x 64 1.963, 128 x 32 1.960
+        32: Tile(64, 32, 4, 3),  # 93, 28 KiB, 15.3; alone at N=256 0.081 ms, 128 x 32 0.085
         64: Tile(64, 32, 4, 2),  # 128, 36 KiB, 18.6; 3.187 ms, 64 x 64 3.337
         128: Tile(64, 32, 4, 2),  # 168, 68 KiB, 22.6; 4.681 ms, 128 x 32 5.026
+    },
+    "3xtf32": {
+        32: Tile(128, 32, 8, 2),  # 128, 96 KiB, 30.1; 2.09 ms, 64 x 64 2.20, 64 x 32 2.40
+        64: Tile(64, 32, 4, 1),  # 221, 45; at N=256 0.68 ms, 64 x 16 in two stages 0.92
     },
     "tf32": {
         32: Tile(64, 64, 4, 2),  # 170, 64 KiB, 18.9
@@ -66,9 +74,13 @@ _DQ: _Table = {
 
 _DKDV: _Table = {
     "16 bit": {
-        32: Tile(32, 64, 4, 3),  # 123, 22 KiB, 23.1; 1.989 ms, 64 x 64 2.007, 128 x 64 2.031
+        32: Tile(64, 64, 4, 2),  # 151, 27 KiB, 17.6; alone 0.716 ms, 32 x 64 0.736, three stages 0.730
         64: Tile(32, 64, 4, 2),  # 158, 34 KiB, 23.0; 3.273 ms, 64 x 64 3.319
         128: Tile(32, 64, 4, 2),  # 238, 66 KiB, 26.6; 4.665 ms, 32 x 128 5.228; 64 x 64 spills
+    },
+    "3xtf32": {
+        32: Tile(32, 64, 4, 1),  # 209, 49.4; 3.51 ms, two stages 4.24, 32 x 128 3.72, 16 x 64 4.97
+        64: Tile(16, 64, 4, 1),  # 254, 86; at N=256 1.21 ms, two stages 1.25
     },
     "tf32": {
         32: Tile(32, 64, 4, 2),  # 155, 36 KiB, 27.9
@@ -84,9 +96,13 @@ _DKDV: _Table = {
 
 _DBIAS: _Table = {
     "16 bit": {
-        32: Tile(64, 32, 4, 3),  # 127, 36 KiB, 16.6; 1.824 ms, 64 x 64 1.809 but with half the programs
+        32: Tile(64, 32, 4, 3),  # 127, 36 KiB, 16.6
         64: Tile(64, 64, 4, 2),  # 243, 64 KiB, 14.3; 2.568 ms, 64 x 32 3.023
         128: Tile(64, 32, 4, 2),  # 178, 96 KiB, 27.9; 4.669 ms, 64 x 64 4.432 but it spills
+    },
+    "3xtf32": {
+        32: Tile(64, 64, 4, 3),  # 254, 64 KiB, 19.7; 1.11 ms, two stages 1.17, 128 x 64 1.26, 64 x 32 1.51
+        64: Tile(64, 32, 4, 2),  # 208, 64 KiB, 43; at N=256 0.34 ms, 64 x 16 0.49
     },
     "tf32": {
         32: Tile(64, 32, 4, 2),  # 144, 48 KiB, 20.1
@@ -115,7 +131,7 @@ def forward_tile(
     """Tile of `_triangle_attention_fwd`.
 
     Args:
-        precision: `arguments.dot_precision(dtype)`.
+        precision: `arguments.dot_precision(dtype, D)`.
         mask: whether there is a key term.
         device: `Tensor.get_device()`; what has been tuned there goes before the shipped table.
 
@@ -169,13 +185,32 @@ def dbias_tile(
     return _choose("dbias", dtype, D, I, J, precision, H, mask, bias, device)
 
 
-def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str) -> Tile:
-    """The shipped tile, for axes of any length; the kernel by its name in `tuning.KERNELS`."""
+_SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
+
+# 16 bits and D <= 32, from these lengths on. Alone, at N=512 and N=256:
+_LONG = {
+    "dq": (384, Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
+    "dbias": (256, Tile(64, 64, 4, 3)),  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
+}
+
+
+def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
+    """The shipped tile for axes of this length, if they are not shorter than it; the kernel as in `tuning.KERNELS`."""
+    longest = _LONG.get(kernel)
+    if longest is not None and dtype != torch.float32 and D <= 32 and length >= longest[0]:
+        return longest[1]
     tiles = _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"]
     return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
 
 
-_SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
+def dbias_groups(R: int, programs: int) -> int:
+    """Into how many groups of rows dbias is split when one group takes this many programs.
+
+    A group costs a float32 copy of dbias. On an H200 (132 multiprocessors, 2 to 4 programs each) at N=256 six groups
+    took 0.075 ms, two 0.141; at N=512 0.452 and 0.570. A GPU that is nearly empty wants more, shorter ones.
+    """
+    shortest = 16 if programs < 64 else 40
+    return max(1, min(R // shortest, -(-1536 // programs)))
 
 
 def _choose(
@@ -191,7 +226,7 @@ def _choose(
     device: int,
 ) -> Tile:
     sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
-    tile = heuristic(kernel, dtype, D, precision) if sizes is None else Tile(**sizes)
+    tile = heuristic(kernel, dtype, D, precision, min(I, J)) if sizes is None else Tile(**sizes)
     return replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
 
 

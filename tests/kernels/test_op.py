@@ -1,10 +1,13 @@
 """The op as torch sees it: opcheck forward and backward, gradcheck, layouts, FLOPs, and what it refuses."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 import trifast_inductor
@@ -157,6 +160,33 @@ def test_double_backward_is_refused_by_name() -> None:
     (dq,) = torch.autograd.grad(op.triangle_attention(*given)[0].sum(), given[0], create_graph=True)
     with pytest.raises(DoubleBackwardError, match="differentiable once"):
         dq.sum().backward()
+
+
+def test_a_graph_of_the_backward_can_be_built() -> None:
+    """`create_graph=True` costs nothing until the graph is used: the gradients are the same."""
+    given = arguments()
+    grads = [
+        torch.autograd.grad(op.triangle_attention(*given)[0].square().sum(), given[:4], create_graph=create_graph)
+        for create_graph in (False, True)
+    ]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_a_compiled_graph_calls_what_has_no_autograd_of_its_own() -> None:
+    """A second passage through Python for each call would cost about what the call does."""
+    seen: list[str] = []
+
+    def compiler(gm: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in gm.graph.nodes if "trifast" in str(node.target))
+        return make_boxed_func(gm.forward)
+
+    given = arguments(torch.float32, key_term="add")
+    attention = torch.compile(lambda *args: op.triangle_attention(*args)[0], backend=aot_autograd(fw_compiler=compiler))
+    attention(*given).sum().backward()
+    assert seen == [
+        "trifast_inductor.triangle_attention_forward.default",
+        "trifast_inductor.triangle_attention_backward.default",
+    ]
 
 
 def test_a_key_bias_that_wants_a_gradient_is_refused() -> None:

@@ -11,13 +11,29 @@ CHOICES = [tiling.forward_tile, tiling.dq_tile, tiling.dkdv_tile, tiling.dbias_t
 @pytest.mark.parametrize("choose", CHOICES)
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.bfloat16, "upcast")],
+    [
+        (torch.float32, "ieee"),
+        (torch.float32, "tf32"),
+        (torch.float32, "3xtf32"),
+        (torch.bfloat16, "ieee"),
+        (torch.bfloat16, "upcast"),
+    ],
 )
 @pytest.mark.parametrize("D", [1, 8, 32, 33, 64, 65, 96, 128])
 def test_blocks_suit_a_dot_and_the_lengths(choose, dtype, precision, D):
+    if precision == "3xtf32" and D > 64:
+        pytest.skip("not used: see arguments.dot_precision")
     for I, J in ((1, 1), (17, 300), (300, 17), (64, 64), (4096, 4096)):
         tile = choose(dtype, D, I, J, precision)
         for block, length in ((tile.BLOCK_I, I), (tile.BLOCK_J, J)):
             assert block >= 16
             assert block & (block - 1) == 0
             assert block < 2 * max(16, length)
+
+
+def test_few_tiles_of_dbias_are_split_over_rows():
+    assert tiling.dbias_groups(R=256, programs=2048) == 1
+    assert tiling.dbias_groups(R=256, programs=128) > 1
+    # 16 rows to a group at least, and one group however few there are.
+    assert tiling.dbias_groups(R=64, programs=1) == 4
+    assert tiling.dbias_groups(R=1, programs=1) == 1

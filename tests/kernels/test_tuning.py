@@ -35,12 +35,12 @@ def chosen(N: int = 512, H: int = 4, mask: bool = True, device: int = 0) -> tili
 
 def test_untuned_means_the_shipped_tile_and_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_search, "search", lambda *_: pytest.fail("searched"))
-    assert chosen() == tiling.heuristic("forward", torch.bfloat16, 32, "ieee")
+    assert chosen() == tiling.heuristic("forward", torch.bfloat16, 32, "ieee", 64)
 
 
 def test_a_stored_tile_serves_its_bucket_only() -> None:
     tile_store.save(MACHINE, {str(KEY): {"tile": SIZES}})
-    shipped = tiling.heuristic("forward", torch.bfloat16, 32, "ieee")
+    shipped = tiling.heuristic("forward", torch.bfloat16, 32, "ieee", 64)
     tuned = tiling.Tile(**SIZES)
     assert [chosen(N) for N in (256, 257, 512, 513)] == [shipped, tuned, tuned, shipped]
     assert chosen(H=8) == chosen(mask=False) == chosen(device=-1) == shipped
@@ -130,5 +130,5 @@ def test_a_forced_search_that_fails_costs_a_warning(
 
     monkeypatch.setattr(tuning, "FORCED", True)
     monkeypatch.setattr(tile_search, "search", search)
-    assert chosen() == chosen() == tiling.heuristic("forward", torch.bfloat16, 32, "ieee")
+    assert chosen() == chosen() == tiling.heuristic("forward", torch.bfloat16, 32, "ieee", 64)
     assert len(caplog.records) == 1

@@ -1,0 +1,62 @@
+"""The bias as the other kernels read it: in rows that lie dense and start and end on 16 elements.
+
+A bias is often a view of `[B, I, J, H]`, and J any number; each of its elements would then be loaded through a
+pointer of its own, once for each row r. A copy has the size of the bias, and is read R times.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.tiling import Tile
+
+# One row of 1024 keys at most to a program; four warps then take 8 elements a thread.
+_TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _triangle_attention_bias_rows(
+    bias_ptr,
+    rows_ptr,  # [B, H, I, J_bias] contiguous
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_i: tl.int64,
+    stride_bias_j: tl.int64,
+    H,
+    I,
+    J,
+    J_bias,
+    BLOCK_J: tl.constexpr,
+):
+    blocks = tl.cdiv(J_bias, BLOCK_J)
+    row = tl.program_id(0) // blocks
+    j = tl.program_id(0) % blocks * BLOCK_J + tl.arange(0, BLOCK_J)
+    head = (row // I).to(tl.int64)
+    bias_ptr += head // H * stride_bias_b + head % H * stride_bias_h + row % I * stride_bias_i
+    bias = tl.load(bias_ptr + j * stride_bias_j, mask=j < J, other=0.0)
+    tl.store(rows_ptr + row.to(tl.int64) * J_bias + j, bias, mask=j < J_bias)
+
+
+class AlignedRows:
+    """Copies a bias of one shape and layout, unless it can be read as it lies."""
+
+    def __init__(self, bias: Tensor) -> None:
+        B, H, I, J = bias.shape
+        self._copy: Launch | None = None
+        if not arguments.bias_is_aligned(bias):
+            self._shape = (B, H, I, J + -J % 16)
+            sizes = {"H": H, "I": I, "J": J, "J_bias": self._shape[3]}
+            programs = B * H * I * triton.cdiv(self._shape[3], _TILE.BLOCK_J)
+            given = arguments.strides("bias_", bias, "bhij")
+            self._copy = Launch(_triangle_attention_bias_rows, programs, {**given, **sizes}, _TILE)
+
+    def __call__(self, bias: Tensor) -> Tensor:
+        if self._copy is None:
+            return bias
+        rows = torch.empty(self._shape, dtype=bias.dtype, device=bias.device)
+        self._copy(bias, rows)
+        return rows
