@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
-from trifast_inductor.patterns import attention, axes, canonical
+from trifast_inductor.kernels.triangle_attention import op, validation
+from trifast_inductor.patterns import attention, canonical
 from trifast_inductor.patterns.lower import Lowering
 from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
 from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
@@ -127,14 +129,15 @@ def _rewrite(graph: fx.Graph) -> tuple[list[Row], list[fx.Graph]]:
                     lowered[index] = lowering
                 else:
                     found[index] = refusal
-        if lowered and not _reads_as_before(graph, before):
+        if lowered and not _runs_as_before(graph, before, lowered.values()):
             for lowering in lowered.values():
                 lowering.restore_strides()
-            if not _reads_as_before(graph, before):
+            if not _runs_as_before(graph, before, lowered.values()):
                 _undo(lowered)
                 for index, lowering in lowered.items():
                     softmax = lowering.site.softmax
                     found[index] = Refusal(softmax, Reason.UNREADABLE, "the rewritten graph does not run")
+        _package(lowered.values())
     except BaseException:
         _undo(lowered)
         raise
@@ -161,6 +164,19 @@ def _undo(lowered: dict[int, Lowering]) -> None:
         lowering.undo()
 
 
+def _package(lowered: Iterable[Lowering]) -> None:
+    """Where a package is made ahead of time, call the op that lets the kernel itself into the package."""
+    calls = [node for lowering in lowered for node in lowering.written if node.target is op.triangle_attention]
+    if not V.aot_compilation or not calls:
+        return
+    for node in calls:
+        q = canonical.example_of(node.all_input_nodes[0])
+        if q.device.type == "cuda" and validation.needs_triton(q.device, q.dtype):
+            from trifast_inductor.kernels.triangle_attention import packaged
+
+            node.target = packaged.triangle_attention
+
+
 def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
     reason = Reason.UNREADABLE
     where = UNKNOWN_LOCATION if node is None else location_of(node)
@@ -168,17 +184,9 @@ def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
     return Row(rewritten=False, location=where, reason=reason.slug, message=message)
 
 
-def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
-    """The graph still runs, and whatever leaves it has the strides that it had in eager."""
-    after = canonical.read(graph)
-    if after is None or set(after.unread) != set(before.unread):
-        return False
-    return all(
-        axes.same_size(was, now)
-        for node, value in before.outputs_of.items()
-        if value.escapes and node in after.outputs_of
-        for was, now in zip(value.tensor.stride(), after.outputs_of[node].tensor.stride(), strict=True)
-    )
+def _runs_as_before(graph: fx.Graph, before: canonical.Reading, lowered: Iterable[Lowering]) -> bool:
+    results = {lowering.result: lowering.replaced for lowering in lowered if lowering.result is not None}
+    return canonical.runs_as_read(graph, before, results)
 
 
 # Refusals in bodies that export cut out of a program, until the graph around them has been read. Inductor visits a
