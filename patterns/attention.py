@@ -8,6 +8,7 @@ three are put together, and what must hold before anything is replaced is checke
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 
 import torch
@@ -20,6 +21,8 @@ from trifast_inductor.patterns.logits import Logits
 from trifast_inductor.patterns.products import is_input
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Refusal, Roles, Site
 from trifast_inductor.patterns.values import Weighted
+
+log = logging.getLogger(__name__)
 
 _SOFTMAXES = {aten._softmax, aten._safe_softmax}
 
@@ -41,6 +44,9 @@ def _look_at(anchor: Op, reading: Reading) -> Site | Refusal:
         _check(site, reading)
     except Declined as declined:
         return Refusal(anchor.outputs[0], declined.reason, declined.detail)
+    except Exception as error:
+        log.warning("a softmax could not be read; it is compiled as it is", exc_info=True)
+        return Refusal(anchor.outputs[0], Reason.UNREADABLE, type(error).__name__)
     return site
 
 

@@ -11,16 +11,19 @@ unexplained one for every other view of its storage, so a stale alias can never 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +65,7 @@ class Value:
             example = example_of(node)
             if isinstance(example, torch.Tensor):
                 return example.requires_grad
-        return self.op is not None and any(value.requires_grad for value in self.op.inputs)
+        return self.op is not None and any(value.requires_grad for value in self.op.reads)
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,10 +79,25 @@ class Op:
     time: int
     is_live: bool = False
 
+    @functools.cached_property
+    def reads(self) -> list[Value]:
+        found: list[Value] = []
+        _collect((*self.args, *self.kwargs.values()), Value, found)
+        return found
+
     @property
     def inputs(self) -> list[Value]:
-        leaves = pytree.tree_leaves((self.args, self.kwargs), is_leaf=lambda x: isinstance(x, Value))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        """What the op is computed from, as far as a pattern may look: not through a Linear."""
+        return [] if self.target is torch.ops.aten.linear.default else self.reads
+
+
+def _collect(x: Any, kind: type, found: list[Any]) -> None:
+    """Everything of a kind in the lists and tuples that ATen takes and returns; pytree would be slower."""
+    if isinstance(x, kind):
+        found.append(x)
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            _collect(part, kind, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +160,23 @@ class Recorder(TorchDispatchMode):
                 for value in inputs:
                     value.readers.append(reread)
 
+    def _as_value(self, x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return self.value_of(x)
+        return type(x)(map(self._as_value, x)) if type(x) in (tuple, list) else x
+
+    def record(self, func: Any, args: Any, kwargs: Any, result: Any) -> Op:
+        self.time += 1
+        named = {name: self._as_value(x) for name, x in kwargs.items()}
+        op = Op(func, self._as_value(tuple(args)), named, [], self.time)
+        for value in op.reads:
+            value.readers.append(op)
+        results: list[torch.Tensor] = []
+        _collect(result, torch.Tensor, results)
+        op.outputs += [self._bind(out, op) for out in results]
+        self.ops.append(op)
+        return op
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._is_paused:
@@ -167,19 +202,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _write_down(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        self.time += 1
-
-        def as_value(x: Any) -> Any:
-            return self.value_of(x) if isinstance(x, torch.Tensor) else x
-
-        values, named_values = pytree.tree_map(as_value, (tuple(args), dict(kwargs)))
-        op = Op(func, values, named_values, [], self.time)
-        for value in op.inputs:
-            value.readers.append(op)
-        for out in pytree.tree_leaves(result):
-            if isinstance(out, torch.Tensor):
-                op.outputs.append(self._bind(out, op))
-        self.ops.append(op)
+        op = self.record(func, args, kwargs, result)
         for argument, written in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(written, torch.Tensor):
                 self.note_write(written, op)
@@ -205,13 +228,14 @@ class _Whole(TorchFunctionMode):
 class Reading:
     """The whole graph, read. `outputs_of[node]` is the Value a user's node returned.
 
-    `bodies` are the graphs of regions that were read through, `unread` the nodes that had to be taken as inputs,
-    and `input_storages` the memory of all inputs.
+    `results` is the same before it was put into Values, and for all nodes; `bodies` are the graphs of regions that
+    were read through, `unread` the nodes that had to be taken as inputs, `input_storages` the memory of all inputs.
     """
 
     ops: list[Op]
     writes: list[Write]
     outputs_of: dict[fx.Node, Value]
+    results: dict[fx.Node, Any]
     unread: list[fx.Node]
     bodies: list[fx.Graph]
     input_storages: set[int]
@@ -271,6 +295,13 @@ def read(graph: fx.Graph) -> Reading | None:
     fake_mode = fake_mode_of(graph)
     if fake_mode is None:
         return None
+    with _under(fake_mode), Recorder() as recorder, _Whole(recorder):
+        return _Rerun(graph, fake_mode, recorder).run()
+
+
+@contextlib.contextmanager
+def _under(fake_mode: FakeTensorMode) -> Iterator[None]:
+    """Where nodes are re-run: on fake tensors, with no gradients, and leaving no guard behind."""
     with contextlib.ExitStack() as stack:
         if fake_mode.shape_env is not None:
             stack.enter_context(fake_mode.shape_env.suppress_guards())
@@ -279,9 +310,68 @@ def read(graph: fx.Graph) -> Reading | None:
         # With symbolic sizes matmul and its like are taken apart by rules written in Python.
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(fake_mode)
-        recorder = stack.enter_context(Recorder())
-        stack.enter_context(_Whole(recorder))
-        return _Rerun(graph, fake_mode, recorder).run()
+        yield
+
+
+def runs_as_read(graph: fx.Graph, reading: Reading, stands_for: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a rewritten graph still runs, and all that leaves it has the strides that it had.
+
+    Args:
+        reading: of the graph before.
+        stands_for: the nodes written in the place of others, with what they replace.
+
+    Only what a changed layout reaches is run again, until the layouts are the old ones.
+    """
+    fake_mode = fake_mode_of(graph)
+    assert fake_mode is not None
+    changed: dict[fx.Node, Any] = {}
+    seen: set[fx.Node] = set()
+    with _under(fake_mode), _autocast_left_as_found() as regions:
+        for node in graph.nodes:
+            if not seen.issuperset(node.all_input_nodes):
+                return False
+            seen.add(node)
+            if node in stands_for:
+                result = _detached(example_of(node))
+            elif node not in reading.results and node.op != "output":  # written for a site, and run then
+                continue
+            elif _is_autocast(node):
+                reading.results[node] = _switch_autocast(node, reading.results, regions)
+                continue
+            elif changed.keys().isdisjoint(node.all_input_nodes):
+                continue
+            elif node in reading.unread or not _can_rerun(node):
+                return False
+            else:
+                try:
+                    result = _call(node, collections.ChainMap(changed, reading.results))
+                except Exception as error:
+                    log.debug("%s does not run on what the rewrite gives it: %s", node, error)
+                    return False
+            if not _same_layout(result, reading.results[stands_for.get(node, node)]):
+                changed[node] = result
+    return True
+
+
+def _detached(example: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, example)
+
+
+def _same_layout(a: Any, b: Any) -> bool:
+    leaves, structure = pytree.tree_flatten(a)
+    others, other_structure = pytree.tree_flatten(b)
+    return structure == other_structure and all(map(_same_leaf, leaves, others))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
+            return False
+        sizes = zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
+        return all(statically_known_true(size == other) for size, other in sizes)
+    if isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)):
+        return statically_known_true(a == b)
+    return bool(a is b or (type(a) is type(b) and a == b))
 
 
 class _Rerun:
@@ -307,8 +397,9 @@ class _Rerun:
                     value.nodes.append(node)
                     outputs_of[node] = value
         self._mark_live()
+        recorder = self.recorder
         return Reading(
-            self.recorder.ops, self.recorder.writes, outputs_of, self.unread, self.bodies, self.recorder.input_storages
+            recorder.ops, recorder.writes, outputs_of, self.env, self.unread, self.bodies, recorder.input_storages
         )
 
     def _through(self, node: fx.Node, body: fx.Graph) -> Any:
@@ -329,38 +420,32 @@ class _Rerun:
     def _evaluate(self, node: fx.Node, regions: list[Any]) -> Any:
         if node.op in ("placeholder", "get_attr"):
             return self._input(node)
-        name = getattr(node.target, "__name__", str(node.target))
-        if name in _SKIPPED_STATE:
+        if _name_of(node) in _SKIPPED_STATE:
             return None
-        if name in ("_enter_autocast", "_exit_autocast"):
-            return self._switch_autocast(node, name, regions)
+        if _is_autocast(node):
+            return _switch_autocast(node, self.env, regions)
         if node.meta.get("unbacked_bindings"):
             # A size that only the data know: run again, it would be another, of which nothing is known.
             self._escape(node)
             return self._input(node)
         body = region_body(node)
-        if body is None and not self._can_rerun(node):
+        if body is None and not _can_rerun(node):
             return self._unread(node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        if _is_projection(node):
+            return self._projected(node)
         try:
-            if body is not None:
-                return self._through(node, body)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            assert callable(node.target)
-            return node.target(*args, **kwargs)
+            return _call(node, self.env) if body is None else self._through(node, body)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
             return self._unread(node)
 
-    @staticmethod
-    def _can_rerun(node: fx.Node) -> bool:
-        """Tensor functions only: a call without a recorded result may have effects outside the graph."""
-        if node.op not in ("call_function", "call_method"):
-            return False
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return False
-        return example_of(node) is not None or getattr(node.target, "__module__", "") == "_operator"
+    def _projected(self, node: fx.Node) -> Any:
+        """A Linear's recorded result: no pattern looks inside one, and taking it apart is a third of a reading."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = example_of(node).detach()
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        self.recorder.record(torch.ops.aten.linear.default, args, kwargs, result)
+        return result
 
     def _input(self, node: fx.Node) -> Any:
         example = example_of(node)
@@ -396,16 +481,6 @@ class _Rerun:
                     value.escapes = True
                     self.roots.append(value)
 
-    def _switch_autocast(self, node: fx.Node, name: str, regions: list[Any]) -> Any:
-        if name == "_enter_autocast":
-            regions.append(torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs))
-            return regions[-1]
-        (entered,) = node.all_input_nodes
-        region = self.env[entered]
-        regions.remove(region)
-        torch.amp.autocast_mode._exit_autocast(region)
-        return None
-
     def _mark_live(self) -> None:
         """An op lives if something outside the graph can see its effect."""
         waiting: list[Op | None] = [value.op for value in self.roots]
@@ -414,13 +489,61 @@ class _Rerun:
             op = waiting.pop()
             if op is not None and not op.is_live:
                 op.is_live = True
-                waiting.extend(value.op for value in op.inputs)
+                waiting.extend(value.op for value in op.reads)
 
     def _writes_to_input(self, op: Op) -> bool:
         return isinstance(op.target, torch._ops.OpOverload) and any(
             argument.is_write and isinstance(arg, Value) and arg.storage in self.recorder.input_storages
             for argument, arg in zip(op.target._schema.arguments, op.args, strict=False)
         )
+
+
+def _name_of(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _can_rerun(node: fx.Node) -> bool:
+    """Tensor functions only: a call without a recorded result may have effects outside the graph."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    return example_of(node) is not None or getattr(node.target, "__module__", "") == "_operator"
+
+
+def _is_projection(node: fx.Node) -> bool:
+    """A Linear whose weight comes into the graph, so that it is no product of activations."""
+    if _name_of(node) not in ("linear", "linear.default") or len(node.args) < 2:
+        return False
+    weight = node.args[1]
+    return (
+        isinstance(weight, fx.Node)
+        and weight.op in ("placeholder", "get_attr")
+        and isinstance(example_of(node), torch.Tensor)
+    )
+
+
+def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _is_autocast(node: fx.Node) -> bool:
+    return _name_of(node) in ("_enter_autocast", "_exit_autocast")
+
+
+def _switch_autocast(node: fx.Node, env: Mapping[fx.Node, Any], regions: list[Any]) -> Any:
+    if _name_of(node) == "_enter_autocast":
+        regions.append(torch.amp.autocast_mode._enter_autocast(*node.args, **node.kwargs))
+        return regions[-1]
+    (entered,) = node.all_input_nodes
+    region = env[entered]
+    regions.remove(region)
+    torch.amp.autocast_mode._exit_autocast(region)
+    return None
 
 
 @contextlib.contextmanager

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from trifast_inductor.patterns import axes, products, terms
 from trifast_inductor.patterns.axes import Label, Labels, aten, flat, packet
 from trifast_inductor.patterns.canonical import Op, Value
 from trifast_inductor.patterns.products import live_readers, reaches_product
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Select, Term
+
+Dtypes = tuple[torch.dtype, ...]
 
 _MAX_STEPS = 64
 _ONE = Factor()
@@ -40,8 +44,8 @@ class _Walk:
     def __init__(self, keys: Label) -> None:
         self.keys = keys
 
-    def up(self, value: Value, labels: Labels, factor: Factor, depth: int) -> Logits:
-        """`value` times `factor` is what the steps below read."""
+    def up(self, value: Value, labels: Labels, factor: Factor, depth: int, dtypes: Dtypes = ()) -> Logits:
+        """`value` times `factor`, cast to `dtypes` one after the other, is what the softmax reads."""
         op = value.op
         if op is None or depth > _MAX_STEPS:
             raise Declined(Reason.NO_PRODUCT)
@@ -53,18 +57,20 @@ class _Walk:
         pulled = axes.pull(value, labels)
         if pulled is not None:
             source, source_labels = pulled
-            return self.up(source, source_labels, factor, depth + 1)
+            if source.dtype != value.dtype:
+                dtypes = (value.dtype, *dtypes)
+            return self.up(source, source_labels, factor, depth + 1, dtypes)
         if kind in (aten.mul, aten.div):
-            return self._scaled(op, labels, factor, depth)
+            return self._scaled(op, labels, factor, depth, dtypes)
         if kind is aten.neg:
-            return self.up(op.args[0], labels, factor.times(Factor(-1.0)), depth + 1)
+            return self.up(op.args[0], labels, factor.times(Factor(-1.0)), depth + 1, dtypes)
         if kind in (aten.add, aten.sub, aten.rsub):
-            return self._added(op, labels, factor, depth)
+            return self._added(op, labels, factor, depth, dtypes)
         if kind in (aten.masked_fill, aten.where):
-            return self._selected(op, labels, factor, depth)
+            return self._selected(op, labels, factor, depth, dtypes)
         raise _unless_product_above(value, Reason.UNKNOWN_OP, f"{kind or op.target}".removeprefix("aten."))
 
-    def _scaled(self, op: Op, labels: Labels, factor: Factor, depth: int) -> Logits:
+    def _scaled(self, op: Op, labels: Labels, factor: Factor, depth: int, dtypes: Dtypes) -> Logits:
         x, y = op.args[:2]
         divides = packet(op) is aten.div
         if op.kwargs.get("rounding_mode") is not None:
@@ -74,15 +80,15 @@ class _Walk:
             x, y = y, x
         by = terms.number_of(y)
         if by is not None and by != 0:
-            return self.up(x, labels, factor.times(Factor(1 / by if divides else by)), depth + 1)
+            return self.up(x, labels, factor.times(Factor(1 / by if divides else by)), depth + 1, dtypes)
         if isinstance(x, Value) and isinstance(y, Value) and len(x.shape) == len(labels):
             tensor = Operand(y, axes.unbroadcast(labels, y.shape), read_at=op.time)
             if not terms.varies(tensor, self.keys):
                 x_labels = axes.unbroadcast(labels, x.shape)
-                return self.up(x, x_labels, factor.times(Factor(1.0, ((tensor, divides),))), depth + 1)
+                return self.up(x, x_labels, factor.times(Factor(1.0, ((tensor, divides),))), depth + 1, dtypes)
         raise _unless_product_above(op.outputs[0], Reason.UNKNOWN_OP, "product with a tensor over the keys")
 
-    def _added(self, op: Op, labels: Labels, factor: Factor, depth: int) -> Logits:
+    def _added(self, op: Op, labels: Labels, factor: Factor, depth: int, dtypes: Dtypes) -> Logits:
         kind = packet(op)
         first, second = op.args[:2]
         alpha = op.kwargs.get("alpha", op.args[2] if len(op.args) > 2 else 1)
@@ -97,7 +103,7 @@ class _Walk:
             if not isinstance(other, Value) and other != 0:
                 continue
             try:
-                above = self.up(main, axes.unbroadcast(labels, main.shape), main_factor, depth + 1)
+                above = self.up(main, axes.unbroadcast(labels, main.shape), main_factor, depth + 1, dtypes)
             except Declined as declined:
                 if failure is None or failure.reason is Reason.NO_PRODUCT:
                     failure = declined
@@ -108,7 +114,7 @@ class _Walk:
             return dataclasses.replace(above, terms=(Term(operand, other_factor, depth), *above.terms))
         raise failure or _unless_product_above(op.outputs[0], Reason.UNKNOWN_OP, "sum with a number")
 
-    def _selected(self, op: Op, labels: Labels, factor: Factor, depth: int) -> Logits:
+    def _selected(self, op: Op, labels: Labels, factor: Factor, depth: int, dtypes: Dtypes) -> Logits:
         if packet(op) is aten.masked_fill:
             x, mask, fill = op.args
             keeps = False
@@ -124,9 +130,12 @@ class _Walk:
             raise Declined(Reason.FILL_NOT_CONSTANT)
         if factor.tensors:
             raise Declined(Reason.UNKNOWN_OP, "a tensor scales masked logits")
-        above = self.up(x, axes.unbroadcast(labels, x.shape), factor, depth + 1)
+        above = self.up(x, axes.unbroadcast(labels, x.shape), factor, depth + 1, dtypes)
         operand = Operand(mask, axes.unbroadcast(labels, mask.shape), read_at=op.time)
-        select = Select(operand, keeps, number * factor.number, depth)
+        fill = number * factor.number
+        for dtype in dtypes:  # the lowest float64 becomes -inf in float32
+            fill = float(torch.tensor(fill, dtype=dtype).item())
+        select = Select(operand, keeps, fill, depth)
         return dataclasses.replace(above, selects=(select, *above.selects))
 
     def _product(self, op: Op, labels: Labels, factor: Factor, depth: int) -> Logits:

@@ -249,7 +249,7 @@ class Lowering:
             raise Declined(Reason.INPUT_OVERWRITTEN)
         if op is None or not isinstance(op.target, torch._ops.OpOverload) or _has_effects(op):
             raise Declined(Reason.UNREADABLE, "an input is made inside an opaque call")
-        for source in op.inputs:
+        for source in op.reads:
             if self.reading.written_between(source, op.time, until):
                 raise Declined(Reason.INPUT_OVERWRITTEN)
 

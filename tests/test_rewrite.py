@@ -69,7 +69,7 @@ class TestAllOrNothing:
 
     def test_an_exception_after_sites_were_lowered_undoes_them(self, monkeypatch):
         gm = captured(twice, *arguments(), dynamic=True)
-        monkeypatch.setattr(rewrite_module, "_reads_as_before", lambda graph, before: False)
+        monkeypatch.setattr(rewrite_module, "_runs_as_before", lambda *_: False)
         fail_at(monkeypatch, "restore_strides", 2, ValueError("a bug"))
         rewrite(gm.graph)
         assert is_as_captured(gm)
@@ -77,7 +77,7 @@ class TestAllOrNothing:
 
     def test_a_rewritten_graph_that_does_not_run_is_put_back(self, monkeypatch):
         gm = captured(twice, *arguments(), dynamic=True)
-        monkeypatch.setattr(rewrite_module, "_reads_as_before", lambda graph, before: False)
+        monkeypatch.setattr(rewrite_module, "_runs_as_before", lambda *_: False)
         assert [row.reason for row in rewrite(gm.graph)] == ["unreadable", "unreadable"]
         assert is_as_captured(gm)
 

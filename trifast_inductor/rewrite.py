@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
-from trifast_inductor.patterns import attention, axes, canonical
+from trifast_inductor.kernels.triangle_attention import op, validation
+from trifast_inductor.patterns import attention, canonical
 from trifast_inductor.patterns.lower import Lowering
 from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
 from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
@@ -37,31 +39,35 @@ def sources_hash() -> bytes:
 class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor is untyped here
     """Replace every triangle attention of a pre-grad graph by the fused op.
 
-    `before` is a pass that was there already and keeps running, first. On torch 2.11 the instance is pickled into the
-    cache key, so everything that changes the result is an attribute.
+    `before` is a pass that was there already and keeps running, first. `packages_kernels` puts the Triton kernel into
+    what AOTInductor makes for CUDA, instead of a call by name; see docs/recipes/aot_inductor.md. On torch 2.11 the
+    instance is pickled into the cache key, so everything that changes the result is an attribute.
     """
 
-    def __init__(self, *, strict: bool = False, before: GraphPass | None = None) -> None:
+    def __init__(
+        self, *, strict: bool = False, before: GraphPass | None = None, packages_kernels: bool = False
+    ) -> None:
         self.strict = strict
         self.before = before
+        self.packages_kernels = packages_kernels
         self.sources = sources_hash().hex()
 
     def __call__(self, graph: fx.Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        rewrite(graph, strict=self.strict)
+        rewrite(graph, strict=self.strict, packages_kernels=self.packages_kernels)
 
     def uuid(self) -> Any | None:
         if self.before is None:
-            return (self.sources, self.strict)
+            return (self.sources, self.strict, self.packages_kernels)
         uuid = getattr(self.before, "uuid", lambda: None)()
-        return None if uuid is None else (uuid, self.sources, self.strict)
+        return None if uuid is None else (uuid, self.sources, self.strict, self.packages_kernels)
 
 
-def rewrite(graph: fx.Graph, *, strict: bool = False) -> list[Row]:
+def rewrite(graph: fx.Graph, *, strict: bool = False, packages_kernels: bool = False) -> list[Row]:
     """Rewrite a graph in place and say what was done; never fails, unless `strict` and something was declined."""
     try:
-        rows, read_through = _rewrite(graph) if _mentions_softmax(graph) else ([], [])
+        rows, read_through = _rewrite(graph, packages_kernels) if _mentions_softmax(graph) else ([], [])
     except Exception:
         log.warning("the graph could not be read; it is compiled as it is", exc_info=True)
         rows, read_through = [_unreadable("an exception, which the log shows")], []
@@ -110,7 +116,7 @@ def _is_softmax(node: fx.Node) -> bool:
     )
 
 
-def _rewrite(graph: fx.Graph) -> tuple[list[Row], list[fx.Graph]]:
+def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[fx.Graph]]:
     """What became of each softmax, and the bodies of regions whose softmaxes are among them."""
     fake_mode = canonical.fake_mode_of(graph)
     before = canonical.read(graph)
@@ -127,14 +133,16 @@ def _rewrite(graph: fx.Graph) -> tuple[list[Row], list[fx.Graph]]:
                     lowered[index] = lowering
                 else:
                     found[index] = refusal
-        if lowered and not _reads_as_before(graph, before):
+        if lowered and not _runs_as_before(graph, before, lowered.values()):
             for lowering in lowered.values():
                 lowering.restore_strides()
-            if not _reads_as_before(graph, before):
+            if not _runs_as_before(graph, before, lowered.values()):
                 _undo(lowered)
                 for index, lowering in lowered.items():
                     softmax = lowering.site.softmax
                     found[index] = Refusal(softmax, Reason.UNREADABLE, "the rewritten graph does not run")
+        if packages_kernels and V.aot_compilation:
+            _package(lowered.values())
     except BaseException:
         _undo(lowered)
         raise
@@ -161,6 +169,18 @@ def _undo(lowered: dict[int, Lowering]) -> None:
         lowering.undo()
 
 
+def _package(lowered: Iterable[Lowering]) -> None:
+    """Where a package is made ahead of time, call the op that lets the kernel itself into the package."""
+    calls = [node for lowering in lowered for node in lowering.written if node.target is op.triangle_attention]
+    for node in calls:
+        q = canonical.example_of(node.all_input_nodes[0])
+        zeroes_rows = len(node.args) > 9  # which the packaged op does not do
+        if q.device.type == "cuda" and validation.needs_triton(q.device, q.dtype) and not zeroes_rows:
+            from trifast_inductor.kernels.triangle_attention import packaged
+
+            node.target = packaged.triangle_attention
+
+
 def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
     reason = Reason.UNREADABLE
     where = UNKNOWN_LOCATION if node is None else location_of(node)
@@ -168,17 +188,9 @@ def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
     return Row(rewritten=False, location=where, reason=reason.slug, message=message)
 
 
-def _reads_as_before(graph: fx.Graph, before: canonical.Reading) -> bool:
-    """The graph still runs, and whatever leaves it has the strides that it had in eager."""
-    after = canonical.read(graph)
-    if after is None or set(after.unread) != set(before.unread):
-        return False
-    return all(
-        axes.same_size(was, now)
-        for node, value in before.outputs_of.items()
-        if value.escapes and node in after.outputs_of
-        for was, now in zip(value.tensor.stride(), after.outputs_of[node].tensor.stride(), strict=True)
-    )
+def _runs_as_before(graph: fx.Graph, before: canonical.Reading, lowered: Iterable[Lowering]) -> bool:
+    results = {lowering.result: lowering.replaced for lowering in lowered if lowering.result is not None}
+    return canonical.runs_as_read(graph, before, results)
 
 
 # Refusals in bodies that export cut out of a program, until the graph around them has been read. Inductor visits a

@@ -93,7 +93,7 @@ def _with_key_term(x, key, fill, KEY_TERM: tl.constexpr):
     if KEY_TERM == "add":
         x = x + key
     elif KEY_TERM == "select":
-        x = tl.where(key, fill, x)
+        x = tl.where(key, tl.cast(fill, tl.float32), x)
     return x
 
 
@@ -115,7 +115,8 @@ def logits_tile(
     A key past the end (not `in_range`) is -inf, never the fill: a row with all keys masked by a finite fill
     is uniform over the keys that exist.
     """
-    x = qk * scale
+    # A launch from Python passes numbers as float32, one that inductor generates as float64.
+    x = qk * tl.cast(scale, tl.float32)
     if KEY_TERM_FIRST:
         x = _with_key_term(x, key, fill, KEY_TERM)
     if HAS_BIAS:

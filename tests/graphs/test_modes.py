@@ -40,6 +40,7 @@ TRAINED = (17, 18, 33)
 SIZES = (17, 18, 400, 33)
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_in_training():
     model = Block()
     ours = graphs_compiled(model, "trifast", TRAINED, dynamic=True)

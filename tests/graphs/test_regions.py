@@ -51,10 +51,10 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
     def test_a_policy_for_the_op(self, saved):
-        """A policy names the op as it names any of torch's; saved, its forward runs once, and else twice."""
+        """A policy sees what lies below autograd, as with torch's own; saved, the forward runs once, and else twice."""
 
         def policy(context, op, *args, **kwargs):
-            if op is torch.ops.trifast_inductor.triangle_attention.default and saved:
+            if op is torch.ops.trifast_inductor.triangle_attention_forward.default and saved:
                 return CheckpointPolicy.MUST_SAVE
             return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -65,7 +65,7 @@ class TestCheckpoint:
         with torch.profiler.profile() as profile:
             results(compiled, *inputs())
         calls = {event.key: event.count for event in profile.key_averages()}
-        assert calls["trifast_inductor::triangle_attention"] == (1 if saved else 2)
+        assert calls["trifast_inductor::triangle_attention_forward"] == (1 if saved else 2)
 
     def test_a_policy_that_does_not_know_the_op(self):
         contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])

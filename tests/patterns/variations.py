@@ -292,6 +292,8 @@ class Recipe:
         is_select = "fill" in self.mask or "where" in self.mask or "finfo" in self.mask
         if self.order == "summed first" and (is_select or self.mask in IN_PLACE_MASKS or self.bias == "none"):
             return False
+        if self.outer_mask and self.softmax in LOSSY_SOFTMAXES and "finfo" in self.mask:
+            return False  # -inf once it is cast down, and NaN for masked queries
         if self.outer_mask and (not is_select or "-inf" in self.mask or self.order == "mask, then bias"):
             return False
         return self.bias != "none" or self.mask != "none"
