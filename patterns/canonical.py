@@ -87,8 +87,8 @@ class Op:
 
     @property
     def inputs(self) -> list[Value]:
-        """What the op is computed from, as far as a pattern may look: not through a Linear."""
-        return [] if self.target is torch.ops.aten.linear.default else self.reads
+        """What the op is computed from, as far as a pattern may look: not through a Linear or a LayerNorm."""
+        return [] if self.target in _OPAQUE.values() else self.reads
 
 
 def _collect(x: Any, kind: type, found: list[Any]) -> None:
@@ -383,6 +383,7 @@ class _Rerun:
         self.unread: list[fx.Node] = []
         self.roots: list[Value] = []
         self.bodies: list[fx.Graph] = []
+        self.given_to_vmap: set[int] = set()
 
     def run(self) -> Reading:
         outputs_of: dict[fx.Node, Value] = {}
@@ -419,7 +420,7 @@ class _Rerun:
 
     def _evaluate(self, node: fx.Node, regions: list[Any]) -> Any:
         if node.op in ("placeholder", "get_attr"):
-            return self._input(node)
+            return example_of(node) if _is_only_a_weight(node) else self._input(node)
         if _name_of(node) in _SKIPPED_STATE:
             return None
         if _is_autocast(node):
@@ -440,11 +441,11 @@ class _Rerun:
             return self._unread(node)
 
     def _projected(self, node: fx.Node) -> Any:
-        """A Linear's recorded result: no pattern looks inside one, and taking it apart is a third of a reading."""
+        """The recorded result: no pattern looks inside, and taking these apart is half of a reading."""
         with torch.utils._python_dispatch._disable_current_modes():
             result = example_of(node).detach()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        self.recorder.record(torch.ops.aten.linear.default, args, kwargs, result)
+        self.recorder.record(_OPAQUE[_base_name(node)], args, kwargs, result)
         return result
 
     def _input(self, node: fx.Node) -> Any:
@@ -454,8 +455,8 @@ class _Rerun:
         return pytree.tree_map(self._as_input, example)
 
     def _as_input(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
+        if not isinstance(leaf, torch.Tensor) or _is_batched(leaf):
+            return None if isinstance(leaf, torch.Tensor) else leaf
         with torch.utils._python_dispatch._disable_current_modes():
             is_fake = isinstance(leaf, FakeTensor)
             fake = (leaf if is_fake else self.fake_mode.from_tensor(leaf, static_shapes=True)).detach()
@@ -467,10 +468,16 @@ class _Rerun:
         self.unread.append(node)
         self.recorder.time += 1
         self._escape(node)
-        for argument in node.all_input_nodes:
-            for leaf in pytree.tree_leaves(self.env.get(argument)):
-                if isinstance(leaf, torch.Tensor):
-                    self.recorder.writes.append(Write(storage_of(leaf), self.recorder.time))
+        given = {
+            storage_of(leaf)
+            for argument in node.all_input_nodes
+            for leaf in pytree.tree_leaves(self.env.get(argument))
+            if isinstance(leaf, torch.Tensor)
+        }
+        if _is_of_vmap(node):  # one such node may write what an earlier one was given
+            self.given_to_vmap |= given
+            given = self.given_to_vmap
+        self.recorder.writes += [Write(storage, self.recorder.time) for storage in given]
         return self._input(node)
 
     def _escape(self, node: fx.Node) -> None:
@@ -506,20 +513,45 @@ def _can_rerun(node: fx.Node) -> bool:
     """Tensor functions only: a call without a recorded result may have effects outside the graph."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or _is_of_vmap(node):
         return False
     return example_of(node) is not None or getattr(node.target, "__module__", "") == "_operator"
 
 
+# What no pattern looks through, by the name of the node.
+_OPAQUE = {"linear": torch.ops.aten.linear.default, "layer_norm": torch.ops.aten.layer_norm.default}
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    """Opens or closes a level of torch.func, or works on its tensors, which have no memory of their own to speak of."""
+    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+        return True
+    return any(_is_batched(example_of(part)) for part in (node, *node.all_input_nodes))
+
+
+def _is_batched(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _base_name(node: fx.Node) -> str:
+    return _name_of(node).removesuffix(".default")
+
+
 def _is_projection(node: fx.Node) -> bool:
-    """A Linear whose weight comes into the graph, so that it is no product of activations."""
-    if _name_of(node) not in ("linear", "linear.default") or len(node.args) < 2:
+    """A LayerNorm, or a Linear whose weight comes into the graph, so that it is no product of activations."""
+    if _base_name(node) not in _OPAQUE or not isinstance(example_of(node), torch.Tensor):
         return False
-    weight = node.args[1]
-    return (
-        isinstance(weight, fx.Node)
-        and weight.op in ("placeholder", "get_attr")
-        and isinstance(example_of(node), torch.Tensor)
+    if _base_name(node) == "layer_norm":
+        return True
+    weight = node.args[1] if len(node.args) > 1 else None
+    return isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr")
+
+
+def _is_only_a_weight(node: fx.Node) -> bool:
+    """An input that only projections read, and not as what they project: it is taken as it is."""
+    return isinstance(example_of(node), FakeTensor) and all(
+        _is_projection(user) and user.args and user.args[0] is not node and user.op == "call_function"
+        for user in node.users
     )
 
 

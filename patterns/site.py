@@ -41,6 +41,11 @@ class Reason(enum.Enum):
         "there is neither a pair bias nor a key mask, so inductor's own attention serves it",
         "nothing to do",
     )
+    ALREADY_FUSED = (
+        "already-fused",
+        "flex_attention is a fused kernel of its own",
+        "nothing to do; written as eager attention, it would be rewritten",
+    )
     UNKNOWN_OP = (
         "unknown-op",
         "something other than scale, bias, mask, cast or layout happens between product and softmax",
@@ -124,7 +129,14 @@ class Reason(enum.Enum):
 
 # A softmax refused for one of these is simply no attention of ours: not counted, not an error under `strict`.
 NOT_OURS = frozenset(
-    {Reason.NO_PRODUCT, Reason.NOT_CONTRACTED, Reason.SOFTMAX_AXIS, Reason.TIED, Reason.PLAIN_ATTENTION}
+    {
+        Reason.NO_PRODUCT,
+        Reason.NOT_CONTRACTED,
+        Reason.SOFTMAX_AXIS,
+        Reason.TIED,
+        Reason.PLAIN_ATTENTION,
+        Reason.ALREADY_FUSED,
+    }
 )
 
 

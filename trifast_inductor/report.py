@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from trifast_inductor.kernels.triangle_attention.op import implementation
@@ -15,6 +17,7 @@ from trifast_inductor.patterns.site import Refusal, Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 UNKNOWN_LOCATION = "unknown location"
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +94,11 @@ def location(value: Value) -> str:
 
 def location_of(node: fx.Node) -> str:
     """`file:line (function)` of the user's code that made a node."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    return "{file}:{line} ({function})".format(**frames[-1].groupdict()) if frames else UNKNOWN_LOCATION
+    frames = [frame.groupdict() for frame in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+    if not frames:
+        return UNKNOWN_LOCATION
+    users = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
+    return "{file}:{line} ({function})".format(**(users or frames)[-1])
 
 
 def _nearest_nodes(value: Value) -> list[fx.Node]:

@@ -22,7 +22,7 @@ from trifast_inductor.errors import DeclinedError
 from trifast_inductor.kernels.triangle_attention import op, validation
 from trifast_inductor.patterns import attention, canonical
 from trifast_inductor.patterns.lower import Lowering
-from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
+from trifast_inductor.patterns.site import NOT_OURS, Declined, Reason, Refusal, Site
 from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ _TRANSPARENT_MODULES = ("torch", "_operator", "builtins", "math")
 
 def _mentions_softmax(graph: fx.Graph) -> bool:
     for node in graph.nodes:
-        if _is_softmax(node) or "scaled_dot_product" in str(getattr(node.target, "__name__", node.target)):
+        if _is_softmax(node) or _is_flex_attention(node) or "scaled_dot_product" in _name_of(node):
             return True
         if node.op == "call_function":
             module = getattr(node.target, "__module__", None) or "torch"
@@ -111,9 +111,15 @@ def _mentions_softmax(graph: fx.Graph) -> bool:
 def _is_softmax(node: fx.Node) -> bool:
     if node.op == "call_module" and node.graph.owning_module is not None:
         return "softmax" in type(node.graph.owning_module.get_submodule(str(node.target))).__name__.lower()
-    return node.op in ("call_function", "call_method") and "softmax" in str(
-        getattr(node.target, "__name__", node.target)
-    )
+    return node.op in ("call_function", "call_method") and "softmax" in _name_of(node)
+
+
+def _is_flex_attention(node: fx.Node) -> bool:
+    return node.target is torch.ops.higher_order.flex_attention
+
+
+def _name_of(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[fx.Graph]]:
@@ -147,7 +153,8 @@ def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[f
         _undo(lowered)
         raise
     unread = [_unreadable("the softmax cannot be re-run", node) for node in before.unread if _is_softmax(node)]
-    return [*map(row_of, found), *unread], before.bodies
+    fused = [_refused(Reason.ALREADY_FUSED, node=node) for node in before.unread if _is_flex_attention(node)]
+    return [*map(row_of, found), *unread, *fused], before.bodies
 
 
 def _lower(lowering: Lowering) -> Refusal | None:
@@ -182,10 +189,17 @@ def _package(lowered: Iterable[Lowering]) -> None:
 
 
 def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
-    reason = Reason.UNREADABLE
-    where = UNKNOWN_LOCATION if node is None else location_of(node)
-    message = f"{reason.sentence} ({detail}): {reason.way_out}"
-    return Row(rewritten=False, location=where, reason=reason.slug, message=message)
+    return _refused(Reason.UNREADABLE, f" ({detail})", node)
+
+
+def _refused(reason: Reason, detail: str = "", node: fx.Node | None = None) -> Row:
+    return Row(
+        rewritten=False,
+        location=UNKNOWN_LOCATION if node is None else location_of(node),
+        reason=reason.slug,
+        message=f"{reason.sentence}{detail}: {reason.way_out}",
+        looks_like_attention=reason not in NOT_OURS,
+    )
 
 
 def _runs_as_before(graph: fx.Graph, before: canonical.Reading, lowered: Iterable[Lowering]) -> bool:

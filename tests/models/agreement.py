@@ -177,6 +177,6 @@ def _assert_within_budget(name: str, got: Tensor, eager: Tensor, exact: Tensor) 
     assert (got.dtype, got.stride()) == (eager.dtype, eager.stride()), name
     off = (eager - exact).norm() / exact.norm()
     assert off < 0.1, f"{name}: eager itself is off by {off:.2f} of float64, which would allow anything"
-    # 3: gradients of a layer norm's vectors, each a sum of B·N·N terms; with plain inductor, on a CPU in float32,
-    # the largest error among them is up to 2.3 times eager's.
-    assert_within_budget(got, eager, exact, name=name, times=3.0 if got.ndim == 1 else 2.0)
+    # 4: gradients of vectors (of a layer norm, of a gate's bias), each a sum of B·N·N terms that inductor adds in its
+    # own order; with plain inductor, on a CPU in float32, the largest error among them is up to 2.8 times eager's.
+    assert_within_budget(got, eager, exact, name=name, times=4.0 if got.ndim == 1 else 2.0)

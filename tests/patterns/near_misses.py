@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from trifast_inductor.patterns.site import Reason
 
@@ -193,6 +194,22 @@ class BiasOverwrittenThroughAView(NearMiss):
         return self.gated((a.softmax(-1) @ v).transpose(2, 3).flatten(-2), x) + bias.sum()
 
 
+class FlexAttention(NearMiss):
+    """flex_attention with the bias in its score_mod: a fused kernel of its own."""
+
+    trains = False
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.transpose(2, 3).flatten(0, 1) for t in self.heads(x))
+        bias, rows = self.bias(x).permute(0, 3, 1, 2).contiguous(), x.shape[1]
+
+        def with_bias(score, b, h, i, j):
+            return score + bias[b // rows, h, i, j]
+
+        o = flex_attention(q, k, v, score_mod=with_bias)
+        return self.gated(o.transpose(1, 2).flatten(-2).view(*x.shape[:3], -1), x)
+
+
 class LargeHead(NearMiss):
     def __init__(self) -> None:
         super().__init__()
@@ -276,6 +293,7 @@ NEAR_MISSES: list[tuple[type[NearMiss], Reason]] = [
     (ProbabilitiesUsedTwice, Reason.PROBABILITIES_USED),
     (QueryOverwritten, Reason.INPUT_OVERWRITTEN),
     (BiasOverwrittenThroughAView, Reason.INPUT_OVERWRITTEN),
+    (FlexAttention, Reason.ALREADY_FUSED),
     (LargeHead, Reason.HEAD_SIZE),
     (NoBiasNoMask, Reason.PLAIN_ATTENTION),
     (SoftmaxOfAProjection, Reason.NO_PRODUCT),
