@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: help demo test check setup clean
+.PHONY: help demo test fuzz check setup clean
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -23,6 +23,9 @@ demo: $(VENV)/.ready ## fold-trunk demo on two real proteins: eager, inductor, t
 
 test: $(VENV)/.ready ## the whole test-suite, on all cores
 	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto -W ignore
+
+fuzz: $(VENV)/.ready ## ten thousand random attention-like modules against eager; an hour or more
+	@$(RUN)/python -W ignore -m tests.patterns.fuzz
 
 check: $(VENV)/.ready ## everything that is checked before a commit: format, lint, types, tests
 	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(MAKE) test

@@ -1,13 +1,19 @@
 """Every choice of every axis is rewritten and agrees with eager, alone; `test_fuzz.py` combines them."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import trifast_inductor
+from trifast_inductor.testing import assert_within_budget
 
 from .fuzz import Case, outcome
 from .mutations import MUTATIONS, Mutated
 from .spellings import inputs
+from .test_attention import rewriting
 from .variations import Composed, Recipe, each_choice
 
 
@@ -22,22 +28,31 @@ def test_mutation_is_never_wrong(mutation: type[Mutated]) -> None:
     assert outcome(case)[0] in ("declined rightly", "mutated and right")
 
 
-@pytest.mark.parametrize("softmax", ["float32 and back", "F.softmax"])
-def test_upcast_of_halves_costs_nothing(softmax: str) -> None:
-    """Logits made in float32 of bfloat16 queries and keys run on the halves, whose products are exact."""
+class Upcast(Composed):
+    """Logits in float32 of queries and keys that are halves, and probabilities in the values' dtype."""
 
-    class Upcast(Composed):
-        def attend(self, q, k, *rest):
-            return super().attend(q.float() * 0.5, k.float(), *rest).bfloat16()
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return super().attend(q.to(wide) * 0.5, k.to(wide), v, *rest)
 
-    class Downcast(Upcast):
-        def changed(self, t, place):
-            return t.bfloat16() if place == "probabilities" else t
+    def changed(self, t: Tensor, place: str) -> Tensor:
+        return t.to(self.q.weight.dtype) if place == "probabilities" else t
 
-    x, mask = inputs(Composed)
+
+def test_upcast_of_halves_costs_nothing() -> None:
+    """The products of halves are exact in float32: the op takes the halves, and is as near to float64 as eager."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    exact_model = Upcast(Recipe()).double()
+    model = copy.deepcopy(exact_model).bfloat16()
     with torch.no_grad():
-        kept_up, narrowed = (
-            trifast_inductor.explain(model(Recipe(softmax=softmax)).bfloat16(), x.bfloat16(), mask).rows[0]
-            for model in (Composed, Downcast)
-        )
-    assert (kept_up.dtype, narrowed.dtype) == ("bfloat16", "bfloat16")
+        for half, double in zip(model.parameters(), exact_model.parameters(), strict=True):
+            double.copy_(half)
+        x, mask = inputs(Composed, N=24)
+        x = x.bfloat16()
+        mask[..., 0] = True
+        (row,) = trifast_inductor.explain(model, x, mask).rows
+        assert (row.rewritten, row.dtype) == (True, "bfloat16")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=rewriting)(x, mask)
+        assert_within_budget(compiled, model(x, mask), exact_model(x.double(), mask))
