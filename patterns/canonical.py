@@ -433,20 +433,29 @@ class _Rerun:
         if body is None and not _can_rerun(node):
             return self._unread(node)
         if _is_projection(node):
-            return self._projected(node)
+            return self._as_recorded(node, _OPAQUE[_base_name(node)])
+        if _base_name(node) == "matmul" and self._is_plain_product(node):
+            return self._as_recorded(node, torch.ops.aten.matmul.default)
         try:
             return _call(node, self.env) if body is None else self._through(node, body)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
             return self._unread(node)
 
-    def _projected(self, node: fx.Node) -> Any:
-        """The recorded result: no pattern looks inside, and taking these apart is half of a reading."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            result = example_of(node).detach()
+    def _as_recorded(self, node: fx.Node, target: Any) -> Any:
+        """The result that the tracer recorded; running these again, taken apart, is most of a reading."""
+        result = example_of(node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        self.recorder.record(_OPAQUE[_base_name(node)], args, kwargs, result)
+        self.recorder.record(target, args, kwargs, result)
         return result
+
+    def _is_plain_product(self, node: fx.Node) -> bool:
+        """Two stacks of matrices in one dtype: neither a Linear in disguise nor cast by autocast."""
+        given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
+        tensors = [*given, example_of(node)]
+        if len(given) != 2 or node.kwargs or not all(isinstance(t, FakeTensor) for t in tensors):
+            return False
+        return all(t.dim() >= 3 and t.dtype == tensors[0].dtype for t in tensors)
 
     def _input(self, node: fx.Node) -> Any:
         example = example_of(node)
@@ -539,7 +548,7 @@ def _base_name(node: fx.Node) -> str:
 
 def _is_projection(node: fx.Node) -> bool:
     """A LayerNorm, or a Linear whose weight comes into the graph, so that it is no product of activations."""
-    if _base_name(node) not in _OPAQUE or not isinstance(example_of(node), torch.Tensor):
+    if _base_name(node) not in _OPAQUE or not isinstance(example_of(node), FakeTensor):
         return False
     if _base_name(node) == "layer_norm":
         return True

@@ -1,18 +1,19 @@
 """The contractions that attention is made of, in one form however they were spelled.
 
-`bmm`, `mm`, `baddbmm` and `addmm` are what einsum, matmul, tensordot and `@` come down to; `(a * b).sum(dim)` is the
-same by broadcasting.
+`bmm`, `mm`, `baddbmm` and `addmm` are what einsum, tensordot and products under autocast come down to; a plain matmul
+is read as it is, its batch axes broadcast; `(a * b).sum(dim)` is the same by broadcasting.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from trifast_inductor.patterns import axes
 from trifast_inductor.patterns.axes import Label, Labels, aten, packet
 from trifast_inductor.patterns.canonical import Op, Value
 
-MATRIX_PRODUCTS = {aten.bmm, aten.mm, aten.baddbmm, aten.addmm}
+MATRIX_PRODUCTS = {aten.matmul, aten.bmm, aten.mm, aten.baddbmm, aten.addmm}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,17 @@ def product(op: Op, labels: Labels) -> Product:
     lhs, rhs = op.args[-2:]
     *batch, m, n = labels
     contracted = axes.fresh(lhs.shape[-1])
-    if packet(op) not in (aten.baddbmm, aten.addmm):
-        return Product(lhs, (*batch, m, contracted), rhs, (*batch, contracted, n), contracted)
-    return Product(
+    product = Product(
         lhs,
-        (*batch, m, contracted),
+        axes.unbroadcast((*batch, m, contracted), lhs.shape),
         rhs,
-        (*batch, contracted, n),
+        axes.unbroadcast((*batch, contracted, n), rhs.shape),
         contracted,
-        alpha=float(op.kwargs.get("alpha", 1)),
-        beta=float(op.kwargs.get("beta", 1)),
-        addend=op.args[0],
     )
+    if packet(op) not in (aten.baddbmm, aten.addmm):
+        return product
+    alpha, beta = float(op.kwargs.get("alpha", 1)), float(op.kwargs.get("beta", 1))
+    return dataclasses.replace(product, alpha=alpha, beta=beta, addend=op.args[0])
 
 
 def weighted(op: Op, lhs: Value, lhs_labels: Labels) -> tuple[Product, Labels] | None:
@@ -87,13 +87,28 @@ def weighted(op: Op, lhs: Value, lhs_labels: Labels) -> tuple[Product, Labels] |
     if packet(op) not in MATRIX_PRODUCTS or not _is_bare(op):
         return None
     first, second = op.args[-2:]
+    other = second if first is lhs else first
+    *own_batch, _, _ = lhs_labels
+    batch = _broadcast_batch(own_batch, lhs, op.outputs[0])
     if first is lhs:
-        *batch, m, contracted = lhs_labels
-        n = axes.fresh(second.shape[-1])
-        return Product(lhs, lhs_labels, second, (*batch, contracted, n), contracted), (*batch, m, n)
-    *batch, contracted, n = lhs_labels
-    m = axes.fresh(first.shape[-2])
-    return Product(lhs, lhs_labels, first, (*batch, m, contracted), contracted), (*batch, m, n)
+        *_, m, contracted = lhs_labels
+        n = axes.fresh(other.shape[-1])
+        right = axes.unbroadcast((*batch, contracted, n), other.shape)
+    else:
+        *_, contracted, n = lhs_labels
+        m = axes.fresh(other.shape[-2])
+        right = axes.unbroadcast((*batch, m, contracted), other.shape)
+    return Product(lhs, lhs_labels, other, right, contracted), (*batch, m, n)
+
+
+def _broadcast_batch(own: Sequence[Label], operand: Value, result: Value) -> list[Label]:
+    """Labels of the batch axes of a result, given those of one operand's, which may be fewer or of size 1."""
+    sizes = result.shape[:-2]
+    missing = len(sizes) - len(own)
+    batch = [axes.fresh(size) for size in sizes[:missing]]
+    for label, own_size, size in zip(own, operand.shape, sizes[missing:], strict=False):
+        batch.append(axes.fresh(size) if axes.is_one(own_size) else label)
+    return batch
 
 
 def _is_bare(op: Op) -> bool:
