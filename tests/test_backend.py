@@ -74,8 +74,9 @@ class TestBackend:
     @is_installed
     def test_by_name_in_a_process_that_never_imported_the_package(self):
         program = (
-            "import torch, sys\n"
+            "import torch, torch._inductor.config, sys\n"
             "assert 'trifast_inductor' not in sys.modules\n"
+            "torch._inductor.config.force_disable_caches = True\n"  # on a hit the pass is not called
             "f = torch.compile(lambda q, b: torch.softmax(q @ q.mT + b, -1) @ q, backend='trifast')\n"
             "f(torch.randn(1, 5, 2, 5, 8), torch.randn(2, 5, 5))\n"
             "print(dict(torch._dynamo.utils.counters['trifast']))"
@@ -196,8 +197,13 @@ class TestRegister:
 
     def test_holds_in_other_threads(self):
         counted = []
+
+        def run():
+            with config.patch(force_disable_caches=True):  # settings are each thread's own; a hit counts nothing
+                counted.append(run_core())
+
         with trifast_inductor.register():
-            thread = threading.Thread(target=lambda: counted.append(run_core()))
+            thread = threading.Thread(target=run)
             thread.start()
             thread.join()
         assert counted == [1]
