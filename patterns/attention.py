@@ -24,13 +24,12 @@ from trifast_inductor.patterns.values import Weighted
 
 log = logging.getLogger(__name__)
 
-_SOFTMAXES = {aten._softmax, aten._safe_softmax}
+_ANCHORS = {aten._softmax, aten._safe_softmax, aten.scaled_dot_product_attention}
 
 
 def find(reading: Reading) -> list[Site | Refusal]:
     """One entry for every softmax whose result is used, in the order of the graph."""
-    anchors = {*_SOFTMAXES, aten.scaled_dot_product_attention}
-    return [_look_at(op, reading) for op in reading.ops if op.is_live and packet(op) in anchors]
+    return [_look_at(op, reading) for op in reading.ops if op.is_live and packet(op) in _ANCHORS]
 
 
 def _look_at(anchor: Op, reading: Reading) -> Site | Refusal:

@@ -44,9 +44,7 @@ def test_tables_show_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(command, "measure", measured)
     assert f"{0.298504:.3g}" != f"{float(f'{0.298504:.5g}'):.3g}"
     assert main([*QUICK, "--peers", "ours", "--no-errors", "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "attention.md").read_text()
-    assert "0.298" in text
-    assert "0.299" not in text
+    assert " 0.298 " in (tmp_path / "attention.md").read_text()
 
 
 def test_a_spent_budget_leaves_notes(tmp_path: Path) -> None:
