@@ -16,9 +16,9 @@ import torch
 from trifast_inductor.kernels.triangle_attention import validation
 from trifast_inductor.patterns import axes, logits, narrowing, scaling, sdpa, terms, values
 from trifast_inductor.patterns.axes import Label, aten, flat, packet
-from trifast_inductor.patterns.canonical import Op, Reading, Size
 from trifast_inductor.patterns.logits import Logits
 from trifast_inductor.patterns.products import is_input
+from trifast_inductor.patterns.recording import Op, Reading, Size
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Refusal, Roles, Site
 from trifast_inductor.patterns.values import Weighted
 

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from trifast_inductor.kernels.triangle_attention import op as triangle_attention_op
 from trifast_inductor.patterns import axes, scaling
 from trifast_inductor.patterns.axes import Extent, Label, Labels, aten, flat
-from trifast_inductor.patterns.canonical import REREAD, Op, Reading, Value, example_of
+from trifast_inductor.patterns.nodes import example_of
+from trifast_inductor.patterns.recording import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.site import Declined, Factor, MaskPart, Operand, Reason, Site, Term
 
 

@@ -13,8 +13,8 @@ from torch import fx
 
 from trifast_inductor.patterns import axes, terms
 from trifast_inductor.patterns.axes import aten, packet
-from trifast_inductor.patterns.canonical import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.products import live_readers
+from trifast_inductor.patterns.recording import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.site import Operand
 
 _OUT_OF_PLACE: dict[Any, Any] = {

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from trifast_inductor.patterns.axes import Atom, Label, Labels, flat
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns.recording import Value
 
 
 class Reason(enum.Enum):

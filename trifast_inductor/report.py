@@ -12,7 +12,7 @@ from torch import fx
 
 from trifast_inductor.kernels.triangle_attention.op import implementation
 from trifast_inductor.patterns.axes import Label, flat
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns.recording import Value
 from trifast_inductor.patterns.site import Refusal, Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')

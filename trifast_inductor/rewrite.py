@@ -20,8 +20,9 @@ from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
 from trifast_inductor.kernels.triangle_attention import op, validation
-from trifast_inductor.patterns import attention, canonical
+from trifast_inductor.patterns import attention, canonical, nodes, recheck
 from trifast_inductor.patterns.lower import Lowering
+from trifast_inductor.patterns.recording import Reading
 from trifast_inductor.patterns.site import NOT_OURS, Declined, Reason, Refusal, Site
 from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
 
@@ -102,7 +103,7 @@ def _mentions_softmax(graph: fx.Graph) -> bool:
             module = getattr(node.target, "__module__", None) or "torch"
             if module.partition(".")[0] not in _TRANSPARENT_MODULES:
                 return True
-            body = canonical.region_body(node)
+            body = nodes.region_body(node)
             if body is not None and _mentions_softmax(body):
                 return True
     return False
@@ -124,7 +125,7 @@ def _name_of(node: fx.Node) -> str:
 
 def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[fx.Graph]]:
     """What became of each softmax, and the bodies of regions whose softmaxes are among them."""
-    fake_mode = canonical.fake_mode_of(graph)
+    fake_mode = nodes.fake_mode_of(graph)
     before = canonical.read(graph)
     if before is None or fake_mode is None:
         return [_unreadable("its nodes carry no example values")], []
@@ -180,7 +181,7 @@ def _package(lowered: Iterable[Lowering]) -> None:
     """Where a package is made ahead of time, call the op that lets the kernel itself into the package."""
     calls = [node for lowering in lowered for node in lowering.written if node.target is op.triangle_attention]
     for node in calls:
-        q = canonical.example_of(node.all_input_nodes[0])
+        q = nodes.example_of(node.all_input_nodes[0])
         zeroes_rows = len(node.args) > 9  # which the packaged op does not do
         if q.device.type == "cuda" and validation.needs_triton(q.device, q.dtype) and not zeroes_rows:
             from trifast_inductor.kernels.triangle_attention import packaged
@@ -202,9 +203,9 @@ def _refused(reason: Reason, detail: str = "", node: fx.Node | None = None) -> R
     )
 
 
-def _runs_as_before(graph: fx.Graph, before: canonical.Reading, lowered: Iterable[Lowering]) -> bool:
+def _runs_as_before(graph: fx.Graph, before: Reading, lowered: Iterable[Lowering]) -> bool:
     results = {lowering.result: lowering.replaced for lowering in lowered if lowering.result is not None}
-    return canonical.runs_as_read(graph, before, results)
+    return recheck.runs_as_read(graph, before, results)
 
 
 # Refusals in bodies that export cut out of a program, until the graph around them has been read. Inductor visits a

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from trifast_inductor.patterns.canonical import example_of
+from trifast_inductor.patterns.nodes import example_of
 
 
 def captured(model: Callable[..., Any], *args: Any, **options: Any) -> fx.GraphModule:
