@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from trifast_inductor import progress
 from trifast_inductor.bench import environment, module_command, plots, tables
 from trifast_inductor.bench.accuracy import Exact, exact_fits
 from trifast_inductor.bench.case import DTYPES, LAYOUTS, Case
@@ -74,11 +75,11 @@ def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, 
             if time.monotonic() > deadline:
                 rows.append(row(case, peer.name, note="not run: the time budget is spent"))
             else:
-                _progress(f"{row(case, peer.name).group} N={case.N} {peer.name}")
+                progress.show(f"{row(case, peer.name).group} N={case.N} {peer.name}")
                 rows.append(measure(case, peer, device, clock, exact))
             file.add(rows[-1])
     file.close()
-    _progress("")
+    progress.show("")
     _present(path, directory, plot=arguments.plot)
     return int(any(r.note.startswith("error") for r in rows if r.peer.startswith("ours")))
 
@@ -117,11 +118,6 @@ def _present(source: Path, directory: Path, *, plot: bool) -> None:
     if plot:
         for picture in plots.plot(rows, directory, header.get("device", "")):
             print(f"wrote {picture}")
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:79}", end="" if text else "\r", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trifast_inductor import progress
 from trifast_inductor.options import integers, names
 from trifast_inductor.static.checked import checked_variants
 from trifast_inductor.static.figures import DTYPES, KEY_TERMS, Figures, Variant, figures, triton_version
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = checked_variants() if arguments.update else _grid(arguments)
     rows: list[Figures] = []
     for variant, arch in wanted:
-        if sys.stderr.isatty():
-            print(f"\r{f'sm_{arch} {variant}':79}", end="", file=sys.stderr, flush=True)
+        progress.show(f"sm_{arch} {variant}")
         rows += figures(variant, arch)
+    progress.show("")
     print(table(rows))
     if arguments.update:
         _update(arguments.update, rows)
