@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from trifast_inductor.patterns import nodes
-from trifast_inductor.patterns.recording import Op, Reading, Recorder, Value, Whole, Write, storage_of
+from trifast_inductor.patterns.recording import Op, Reading, Recorder, Value, Whole, storage_of
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class _Rerun:
         if nodes.is_of_vmap(node):  # one such node may write what an earlier one was given
             self.given_to_vmap |= given
             given = self.given_to_vmap
-        self.recorder.writes += [Write(storage, self.recorder.time) for storage in given]
+        for storage in given:
+            self.recorder.note_change(storage)
         return self._input(node)
 
     def _escape(self, node: fx.Node) -> None:

@@ -88,14 +88,6 @@ def _collect(x: Any, kind: type, found: list[Any]) -> None:
             _collect(part, kind, found)
 
 
-@dataclasses.dataclass(frozen=True)
-class Write:
-    """Something may have changed the storage at this time."""
-
-    storage: int
-    time: int
-
-
 def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -106,7 +98,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.writes: list[Write] = []
+        self.writes: dict[int, list[int]] = {}
         self.time = 0
         self.input_storages: set[int] = set()
         self._current: dict[int, Value] = {}
@@ -129,10 +121,14 @@ class Recorder(TorchDispatchMode):
         self._current[id(tensor)] = value
         return value
 
+    def note_change(self, storage: int) -> None:
+        """Something may have changed this memory now."""
+        self.writes.setdefault(storage, []).append(self.time)
+
     def note_write(self, tensor: torch.Tensor, op: Op | None) -> None:
         """Every other alias of what was written holds something new from here on."""
         storage = storage_of(tensor)
-        self.writes.append(Write(storage, self.time))
+        self.note_change(storage)
         for alias in self._by_storage.get(storage, []):
             if alias is not tensor:
                 stale = self._current[id(alias)]
@@ -211,12 +207,13 @@ class Whole(TorchFunctionMode):
 class Reading:
     """The whole graph, read. `outputs_of[node]` is the Value a user's node returned.
 
-    `results` is the same before it was put into Values, and for all nodes; `bodies` are the graphs of regions that
-    were read through, `unread` the nodes that had to be taken as inputs, `input_storages` the memory of all inputs.
+    `results` is the same before it was put into Values, and for all nodes; `writes` says for each storage when it may
+    have changed; `bodies` are the graphs of regions that were read through, `unread` the nodes that had to be taken as
+    inputs, `input_storages` the memory of all inputs.
     """
 
     ops: list[Op]
-    writes: list[Write]
+    writes: dict[int, list[int]]
     outputs_of: dict[fx.Node, Value]
     results: dict[fx.Node, Any]
     unread: list[fx.Node]
@@ -230,5 +227,6 @@ class Reading:
 
     def written_between(self, value: Value, start: int, end: int, ignoring: Sequence[fx.Node] = ()) -> bool:
         """Whether the storage of a value may have changed after `start` and up to `end`, some nodes aside."""
+        times = [time for time in self.writes.get(value.storage, ()) if start < time <= end]
         ignored = {op.time for node in ignoring if (op := self.outputs_of[node].op) is not None}
-        return any(w.storage == value.storage and start < w.time <= end and w.time not in ignored for w in self.writes)
+        return not ignored.issuperset(times)
