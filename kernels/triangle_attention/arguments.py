@@ -72,6 +72,21 @@ def evenness(I: int, J: int, tile: Tile) -> dict[str, bool]:
     return {"EVEN_I": I % tile.BLOCK_I == 0, "EVEN_J": J % tile.BLOCK_J == 0}
 
 
+def kind(shared: dict[str, Any], dtype: torch.dtype, device: int) -> dict[str, Any]:
+    """What `tiling.choose` asks besides the kernel, of a launch that is given `shared`."""
+    return {
+        "dtype": dtype,
+        "D": shared["D"],
+        "I": shared["I"],
+        "J": shared["J"],
+        "precision": shared["PRECISION"],
+        "H": shared["H"],
+        "mask": shared["KEY_TERM"] != "none",
+        "bias": shared["HAS_BIAS"],
+        "device": device,
+    }
+
+
 def shared(
     q: Tensor,
     k: Tensor,

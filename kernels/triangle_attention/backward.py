@@ -443,7 +443,7 @@ class _Plan:
         key_term_first: bool,
         needs_dbias: bool,
     ) -> None:
-        B, R, I, H, D = q.shape
+        B, R, I, H, _ = q.shape
         J = k.shape[2]
         self.terms_shape = (B, R, H, 2, I)
         self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
@@ -459,21 +459,11 @@ class _Plan:
             "B": B,
             "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
         }
-        kind = (
-            q.dtype,
-            D,
-            I,
-            J,
-            shared["PRECISION"],
-            H,
-            shared["KEY_TERM"] != "none",
-            bias is not None,
-            q.get_device(),
-        )
-        tile = tiling.dq_tile(*kind)
+        kind = arguments.kind(shared, q.dtype, q.get_device())
+        tile = tiling.choose("dq", **kind)
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
         self.dq = Launch(_triangle_attention_bwd_dq, programs, shared | arguments.evenness(I, J, tile), tile)
-        tile = tiling.dkdv_tile(*kind)
+        tile = tiling.choose("dkdv", **kind)
         programs = B * R * H * triton.cdiv(J, tile.BLOCK_J)
         self.dkdv = Launch(_triangle_attention_bwd_dkdv, programs, shared | arguments.evenness(I, J, tile), tile)
 
@@ -481,7 +471,7 @@ class _Plan:
         self.sum: Launch | None = None
         if self.dbias_shape == (0,):
             return
-        tile = tiling.dbias_tile(*kind)
+        tile = tiling.choose("dbias", **kind)
         programs = B * H * triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
         grouped = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, grouped)

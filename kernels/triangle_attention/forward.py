@@ -175,18 +175,7 @@ class _Plan:
         self.aligned = None if bias is None else AlignedRows(bias)
         rows = None if self.aligned is None or bias is None else self.aligned(bias)
         shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
-        kind = (
-            q.dtype,
-            D,
-            I,
-            J,
-            shared["PRECISION"],
-            H,
-            shared["KEY_TERM"] != "none",
-            bias is not None,
-            q.get_device(),
-        )
-        tile = tiling.forward_tile(*kind)
+        tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
         self.run = Launch(_triangle_attention_fwd, programs, shared | arguments.evenness(I, J, tile), tile)
 

@@ -47,7 +47,7 @@ def packaged_triangle_attention(
     bias = None if bias is None else _with_aligned_rows(bias)
     key = key_bias if key_mask is None else key_mask.to(torch.uint8)
     precision = arguments.dot_precision(q.dtype, D)
-    tile = tiling.forward_tile(q.dtype, D, _known(I), _known(J), precision)
+    tile = tiling.choose("forward", q.dtype, D, _known(I), _known(J), precision)
     values = {
         "q_ptr": q,
         "k_ptr": k,
