@@ -451,9 +451,8 @@ class _Plan:
         self.is_empty = 0 in (B, R, I, H, J)
         if self.is_empty:
             return
-        self.aligned = None if bias is None else AlignedRows(bias)
-        rows = None if self.aligned is None or bias is None else self.aligned(bias)
-        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
+        self.aligned = AlignedRows(bias)
+        shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         shared |= {
             **arguments.strides("do", grad_out, "brihd"),
             "B": B,
@@ -523,8 +522,7 @@ def launch(
     terms = torch.empty(plan.terms_shape, dtype=torch.float32, device=q.device)
     out, row_max, row_sum = out.contiguous(), row_max.contiguous(), row_sum.contiguous()
     with on_device_of(q):
-        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
-        read = (q, k, v, rows, key_bias if key_mask is None else key_mask, grad_out)
+        read = (q, k, v, plan.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
         plan.dq(*read, out, row_max, row_sum, terms, dq)
         plan.dkdv(*read, row_max, terms, dk, dv)
         if plan.sum is not None and plan.dbias is not None:

@@ -172,9 +172,8 @@ class _Plan:
         self.is_empty = self.has_no_keys or 0 in self.out_shape
         if self.is_empty:
             return
-        self.aligned = None if bias is None else AlignedRows(bias)
-        rows = None if self.aligned is None or bias is None else self.aligned(bias)
-        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
+        self.aligned = AlignedRows(bias)
+        shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
         self.run = Launch(_triangle_attention_fwd, programs, shared | arguments.evenness(I, J, tile), tile)
@@ -210,6 +209,6 @@ def launch(
             return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
         return out, row_max, row_sum
     with on_device_of(q):
-        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
-        plan.run(q, k, v, rows, key_bias if key_mask is None else key_mask, out, row_max, row_sum)
+        key_term = key_bias if key_mask is None else key_mask
+        plan.run(q, k, v, plan.aligned(bias), key_term, out, row_max, row_sum)
     return out, row_max, row_sum
