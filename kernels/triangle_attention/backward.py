@@ -456,7 +456,7 @@ class _Plan:
         shared |= {
             **arguments.strides("do", grad_out, "brihd"),
             "B": B,
-            "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
+            "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
         }
         kind = arguments.kind(shared, q.dtype, q.get_device())
         tile = tiling.choose("dq", **kind)

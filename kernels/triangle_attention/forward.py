@@ -176,7 +176,8 @@ class _Plan:
         shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
-        self.run = Launch(_triangle_attention_fwd, programs, shared | arguments.evenness(I, J, tile), tile)
+        shared |= {"ALIGNED": arguments.rows_are_aligned(q, k, v), **arguments.evenness(I, J, tile)}
+        self.run = Launch(_triangle_attention_fwd, programs, shared, tile)
 
 
 _plans: Plans[_Plan] = Plans()
