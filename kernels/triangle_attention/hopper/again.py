@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.launching import on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -147,4 +148,5 @@ def launch(
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     kernel = _triangle_attention_fwd_again
     rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
-    kernel[(B * R * H,)](q, k, v, bias, key, out, row_max, row_sum, **rest, num_warps=4)
+    with on_device_of(q):
+        kernel[(B * R * H,)](q, k, v, bias, key, out, row_max, row_sum, **rest, num_warps=4)

@@ -122,7 +122,7 @@ def _copy(
             for n in gl.static_range(BLOCKS):
                 q_at = [b, rows * ROWS + m, (group * BLOCKS + n) * BLOCK_I, h, 0]
                 _async_load(q_desc, q_at, q_full.index(side), q_smem.index((side * ROWS + m) * BLOCKS + n))
-        turn += 1
+        turn += 1  # noqa: SIM113: not Python
         # One stage more at the very end, not used: the others read a tile ahead.
         after = (item + gl.num_programs(0) >= items).to(gl.int32)
         for n_stage in range(stages + after):
@@ -206,7 +206,7 @@ def _attend(
             row_flags_ptr = flags_ptr + (b * R + some_r) * stages
             flag = gl.load(row_flags_ptr)
         side = turn & 1
-        turn += 1
+        turn += 1  # noqa: SIM113: not Python
         # In units of x, that is over the scale.
         row_max = _row_max(x)
         shift = row_max * factor
@@ -288,7 +288,8 @@ def _attend(
         )  # fmt: skip
 
 
-@gluon.jit
+# Compiled once for all lengths.
+@gluon.jit(do_not_specialize=["R", "H", "I", "J", "row_groups", "groups", "stages", "items"])
 def _triangle_attention_fwd_hopper(
     q_desc,
     k_desc,
@@ -332,7 +333,9 @@ def _triangle_attention_fwd_hopper(
     q_smem = gl.allocate_shared_memory(dtype, [2 * COUNT, 1, 1, BLOCK_I, 1, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES * ROWS, 1, 1, STAGE_J, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES * ROWS, 1, 1, STAGE_J, 1, D], v_desc.layout)
-    words_smem = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCKS, TILES * BLOCK_I, BLOCK_J // 2], words_desc.layout)
+    words_smem = gl.allocate_shared_memory(
+        gl.int32, [STAGES * BLOCKS, TILES * BLOCK_I, BLOCK_J // 2], words_desc.layout
+    )
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_J, 16, rank=2)
     FILLED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NUM_WARPS, 1], [1, 0])
     ones = gl.allocate_shared_memory(dtype, [8, BLOCK_J], SWIZZLED, gl.full([8, BLOCK_J], 1.0, dtype, FILLED))
@@ -361,7 +364,10 @@ def _triangle_attention_fwd_hopper(
     if COUNT == 1:
         gl.warp_specialize(
             [
-                (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
+                (
+                    _attend,
+                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
             [1],
@@ -370,8 +376,14 @@ def _triangle_attention_fwd_hopper(
     elif COUNT == 2:
         gl.warp_specialize(
             [
-                (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
+                (
+                    _attend,
+                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
             [NUM_WARPS, 1],
@@ -380,9 +392,18 @@ def _triangle_attention_fwd_hopper(
     elif COUNT == 3:
         gl.warp_specialize(
             [
-                (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
+                (
+                    _attend,
+                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
             [NUM_WARPS, NUM_WARPS, 1],
@@ -391,10 +412,22 @@ def _triangle_attention_fwd_hopper(
     else:
         gl.warp_specialize(
             [
-                (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
-                (_attend, (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS)),
+                (
+                    _attend,
+                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
+                (
+                    _attend,
+                    (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
             [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1],
@@ -410,7 +443,7 @@ def _descriptor(t: Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), [*strides[:-1], 1], box, layout)
 
 
-def launch(
+def fixed_shift(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -419,13 +452,9 @@ def launch(
     key_mask: Tensor | None,
     scale: float,
     fill: float,
-    key_term_first: bool,
     shape: Shape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the portable `launch`, for calls that `choice.refusal` lets through and with at least one element.
-
-    The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
-    """
+    """What `launch` gives but for the rows for which a fixed shift is no good: their row sum is NaN."""
     B, R, I, H, D = q.shape
     J = k.shape[2]
     shape = shape or shape_for(D)
@@ -476,5 +505,25 @@ def launch(
             NUM_WARPS=shape.NUM_WARPS,
             num_warps=shape.NUM_WARPS,
         )
-        again.launch(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum, scale, fill, key_term_first)
+    return out, row_max, row_sum
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+    shape: Shape | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the portable `launch`, for calls that `choice.refusal` lets through and with at least one element.
+
+    The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
+    """
+    out, row_max, row_sum = fixed_shift(q, k, v, bias, key_bias, key_mask, scale, fill, shape)
+    again.launch(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum, scale, fill, key_term_first)
     return out, row_max, row_sum
