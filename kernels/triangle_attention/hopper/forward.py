@@ -122,7 +122,7 @@ def _copy(
             for n in gl.static_range(BLOCKS):
                 q_at = [b, rows * ROWS + m, (group * BLOCKS + n) * BLOCK_I, h, 0]
                 _async_load(q_desc, q_at, q_full.index(side), q_smem.index((side * ROWS + m) * BLOCKS + n))
-        turn += 1  # noqa: SIM113: not Python
+        turn += 1  # noqa: SIM113
         # One stage more at the very end, not used: the others read a tile ahead.
         after = (item + gl.num_programs(0) >= items).to(gl.int32)
         for n_stage in range(stages + after):
@@ -206,7 +206,7 @@ def _attend(
             row_flags_ptr = flags_ptr + (b * R + some_r) * stages
             flag = gl.load(row_flags_ptr)
         side = turn & 1
-        turn += 1  # noqa: SIM113: not Python
+        turn += 1  # noqa: SIM113
         # In units of x, that is over the scale.
         row_max = _row_max(x)
         shift = row_max * factor
