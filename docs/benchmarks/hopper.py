@@ -36,7 +36,8 @@ SHAPES = {
     "1x2": Shape(ROWS=1, BLOCKS=2, STAGES=2),  # one row: more bias and less k and v through L2
     "4x1": Shape(ROWS=4, NUM_WARPS=4, STAGES=2),  # four rows: the other way round
     "3x1": Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),  # three warpgroups, 128 registers
-    "registers": Shape(SUM_BY_PRODUCT=False),  # row sums by addition
+    "q": Shape(Q_IN_REGISTERS=True),  # shared memory is read an eighth less
+    "sums": Shape(SUM_BY_PRODUCT=False),  # row sums by addition
     "stages": Shape(TILES=1, STAGES=6),  # more and smaller stages
     "ahead": Shape(ROWS=1, AHEAD=True),  # two warpgroups, the next tile's first product under the exponentials
     "one": Shape(ROWS=1, NUM_WARPS=16, TILES=1, STAGES=4),  # one partition of all: the least code

@@ -27,6 +27,7 @@ SHAPES = {
     "one tile a stage": choice.Shape(TILES=1, STAGES=6),
     "three rows": choice.Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),
     "a tile ahead": choice.Shape(ROWS=1, AHEAD=True),
+    "q in registers": choice.Shape(Q_IN_REGISTERS=True),
     "sums in registers": choice.Shape(SUM_BY_PRODUCT=False),
 }
 
@@ -120,15 +121,20 @@ def _later_logits_far_above(x: Inputs) -> Inputs:
     return x
 
 
-def _first_keys_left_out(x: Inputs) -> Inputs:
-    """Not a reason to look again: a shift is taken without the key term."""
-    key_bias = torch.zeros_like(x.bias[:, 0, :1, :]).expand(-1, x.q.shape[1], -1).clone()
-    key_bias[..., :100] = -1e9
+def _left_out(x: Inputs, keys: slice) -> Inputs:
+    B, R, J = x.k.shape[:3]
+    key_bias = torch.zeros((B, R, J), dtype=x.q.dtype, device=x.q.device)
+    key_bias[..., keys] = max(-1e9, torch.finfo(x.q.dtype).min)
     return replace(x, key_bias=key_bias)
 
 
+def _first_keys_left_out(x: Inputs) -> Inputs:
+    """Not a reason to look again: a shift is taken without the key term."""
+    return _left_out(x, slice(0, 100))
+
+
 def _all_keys_left_out(x: Inputs) -> Inputs:
-    return replace(x, key_bias=torch.full_like(x.bias[:, 0, :1, :], -1e9).expand(-1, x.q.shape[1], -1).clone())
+    return _left_out(x, slice(None))
 
 
 def _first_keys_at_minus_infinity(x: Inputs) -> Inputs:

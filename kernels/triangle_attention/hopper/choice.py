@@ -27,6 +27,7 @@ class Shape:
     STAGES: int = 3
     AHEAD: bool = False
     SUM_BY_PRODUCT: bool = True
+    Q_IN_REGISTERS: bool = False
     REGISTERS: int = 112  # of the partitions but the first, which has what they leave
     PROGRAMS: int = 1  # a multiprocessor
 

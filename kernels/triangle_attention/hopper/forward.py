@@ -156,6 +156,7 @@ def _attend(
     KEY_TERM: gl.constexpr,
     AHEAD: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):
     """One block of queries of one row, for each item of the program."""
@@ -172,6 +173,7 @@ def _attend(
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_J, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, D, 16])
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, 8, 16])
+    Q: gl.constexpr = gl.DotOperandLayout(0, X, 2)
     WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [256 // BLOCK_J, BLOCK_J // 8], [NUM_WARPS, 1], [1, 0])
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     # Below, what p has lost to its smallest values may show; above, sums of p·v may overflow.
@@ -193,6 +195,8 @@ def _attend(
     mbarrier.wait(q_full.index(0), 0)
     mbarrier.wait(full.index(0), 0)
     q = q_smem.index(WHICH).reshape([BLOCK_I, D])
+    if Q_IN_REGISTERS:
+        q = q.load(Q)
     k = k_smem.index(M).reshape([STAGE_J, D]).slice(0, BLOCK_J).permute((1, 0))
     words = words_smem.index(N).slice(0, BLOCK_I).load(WORDS)
     x = warpgroup_mma(q, k, _unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
@@ -235,8 +239,11 @@ def _attend(
                     if stage == stages - 1:
                         side ^= 1
                         mbarrier.wait(q_full.index(side), turn >> 1 & 1, pred=item + gl.num_programs(0) < items)
+                        if Q_IN_REGISTERS:
+                            q = q_smem.index(side * (ROWS * BLOCKS) + WHICH).reshape([BLOCK_I, D]).load(Q)
                     mbarrier.wait(full.index(slot), phase)
-                q = q_smem.index(side * (ROWS * BLOCKS) + WHICH).reshape([BLOCK_I, D])
+                if not Q_IN_REGISTERS:
+                    q = q_smem.index(side * (ROWS * BLOCKS) + WHICH).reshape([BLOCK_I, D])
                 k = k_smem.index(slot * ROWS + M).reshape([STAGE_J, D])
                 k = k.slice((n + 1) % TILES * BLOCK_J, BLOCK_J).permute((1, 0))
                 words = words_smem.index(slot * BLOCKS + N).slice((n + 1) % TILES * BLOCK_I, BLOCK_I).load(WORDS)
@@ -322,6 +329,7 @@ def _triangle_attention_fwd_hopper(
     STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
     REGISTERS: gl.constexpr,
     NUM_WARPS: gl.constexpr,  # of a partition
 ):
@@ -366,7 +374,21 @@ def _triangle_attention_fwd_hopper(
             [
                 (
                     _attend,
-                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        0,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
@@ -378,11 +400,39 @@ def _triangle_attention_fwd_hopper(
             [
                 (
                     _attend,
-                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        0,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        1,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
@@ -394,15 +444,57 @@ def _triangle_attention_fwd_hopper(
             [
                 (
                     _attend,
-                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        0,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        1,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        2,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
@@ -414,19 +506,75 @@ def _triangle_attention_fwd_hopper(
             [
                 (
                     _attend,
-                    (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        0,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        1,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        2,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (
                     _attend,
-                    (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, AHEAD, SUM_BY_PRODUCT, NUM_WARPS),
+                    (
+                        to_attend,
+                        3,
+                        ROWS,
+                        BLOCKS,
+                        STAGES,
+                        TILES,
+                        BLOCK_J,
+                        D,
+                        KEY_TERM,
+                        AHEAD,
+                        SUM_BY_PRODUCT,
+                        Q_IN_REGISTERS,
+                        NUM_WARPS,
+                    ),
                 ),
                 (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
             ],
@@ -501,6 +649,7 @@ def fixed_shift(
             STAGES=shape.STAGES,
             AHEAD=shape.AHEAD,
             SUM_BY_PRODUCT=shape.SUM_BY_PRODUCT,
+            Q_IN_REGISTERS=shape.Q_IN_REGISTERS,
             REGISTERS=shape.REGISTERS,
             NUM_WARPS=shape.NUM_WARPS,
             num_warps=shape.NUM_WARPS,
