@@ -31,16 +31,16 @@ from trifast_inductor.testing import Inputs
 
 # With what was predicted for N=512 in log-hopper.md, step 7, which says why.
 SHAPES = {
-    "default": Shape(),  # two rows by 128 queries, two partitions of two warpgroups
+    "default": Shape(),  # two rows by 128 queries: two partitions of two warpgroups
     "2x2": Shape(BLOCKS=2, NUM_WARPS=4),  # the same work, a partition for each warpgroup
-    "1x2": Shape(ROWS=1, BLOCKS=2, STAGES=2),  # one row: more bias and less k and v through L2
-    "4x1": Shape(ROWS=4, NUM_WARPS=4, STAGES=2),  # four rows: the other way round
+    "4x1": Shape(ROWS=4, NUM_WARPS=4, STAGES=2),  # four rows: less bias and more k and v through L2
     "3x1": Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),  # three warpgroups, 128 registers
     "q": Shape(Q_IN_REGISTERS=True),  # shared memory is read an eighth less
-    "sums": Shape(SUM_BY_PRODUCT=False),  # row sums by addition
+    "sums": Shape(SUM_BY_PRODUCT=False),  # row sums by addition: four instructions for the tensor cores less
     "stages": Shape(TILES=1, STAGES=6),  # more and smaller stages
-    "ahead": Shape(ROWS=1, AHEAD=True),  # two warpgroups, the next tile's first product under the exponentials
-    "one": Shape(ROWS=1, NUM_WARPS=16, TILES=1, STAGES=4),  # one partition of all: the least code
+    "one": Shape(ROWS=1, NUM_WARPS=16, STAGES=2),  # one row by 256 queries, one partition: the least code
+    "two": Shape(ROWS=1, TILES=1, PROGRAMS=2, maxnreg=80),  # two programs a multiprocessor, nothing between them
+    "two-first": Shape(ROWS=1, TILES=1, PROGRAMS=2, maxnreg=80, NEXT_FIRST=True),  # and products that run on
 }
 PEERS = ("portable", "flex")
 COMPILING = 110.0  # seconds for all to get ready

@@ -26,7 +26,8 @@ SHAPES = {
     "four partitions": choice.Shape(BLOCKS=2, NUM_WARPS=4),
     "one tile a stage": choice.Shape(TILES=1, STAGES=6),
     "three rows": choice.Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),
-    "a tile ahead": choice.Shape(ROWS=1, AHEAD=True),
+    "two programs": choice.Shape(ROWS=1, TILES=1, NEXT_FIRST=True, PROGRAMS=2, maxnreg=80),
+    "sixteen warps": choice.Shape(ROWS=1, NUM_WARPS=16, STAGES=2),
     "q in registers": choice.Shape(Q_IN_REGISTERS=True),
     "sums in registers": choice.Shape(SUM_BY_PRODUCT=False),
 }

@@ -25,11 +25,12 @@ class Shape:
     BLOCK_J: int = 64
     TILES: int = 2
     STAGES: int = 3
-    AHEAD: bool = False
+    NEXT_FIRST: bool = False  # two programs a multiprocessor have registers for it, two partitions have not
     SUM_BY_PRODUCT: bool = True
     Q_IN_REGISTERS: bool = False
     REGISTERS: int = 112  # of the partitions but the first, which has what they leave
     PROGRAMS: int = 1  # a multiprocessor
+    maxnreg: int | None = None  # at the start of a program, which decides how many there is room for
 
     def shared_memory(self, D: int) -> int:
         """Bytes for q, k, v, words of the bias and ones; barriers, and what partitions are given, come on top."""

@@ -135,8 +135,10 @@ def _copy(
                 _async_load(v_desc, k_at, full.index(slot), v_smem.index(slot * ROWS + m))
             for n in gl.static_range(BLOCKS):
                 block = ((b * H + h) * groups + group) * BLOCKS + n
-                words_at = [(block * stages + stage) * (TILES * BLOCK_I), 0]
-                _async_load(words_desc, words_at, full.index(slot), words_smem.index(slot * BLOCKS + n))
+                for tile in gl.static_range(TILES):
+                    words_at = [((block * stages + stage) * TILES + tile) * BLOCK_I, 0]
+                    into = words_smem.index((slot * BLOCKS + n) * TILES + tile)
+                    _async_load(words_desc, words_at, full.index(slot), into)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -154,7 +156,7 @@ def _attend(
     BLOCK_J: gl.constexpr,
     D: gl.constexpr,
     KEY_TERM: gl.constexpr,
-    AHEAD: gl.constexpr,
+    NEXT_FIRST: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     NUM_WARPS: gl.constexpr,
@@ -198,7 +200,7 @@ def _attend(
     if Q_IN_REGISTERS:
         q = q.load(Q)
     k = k_smem.index(M).reshape([STAGE_J, D]).slice(0, BLOCK_J).permute((1, 0))
-    words = words_smem.index(N).slice(0, BLOCK_I).load(WORDS)
+    words = words_smem.index(N * TILES).load(WORDS)
     x = warpgroup_mma(q, k, _unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
     x = warpgroup_mma_wait(0, deps=(x,))
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -246,21 +248,23 @@ def _attend(
                     q = q_smem.index(side * (ROWS * BLOCKS) + WHICH).reshape([BLOCK_I, D])
                 k = k_smem.index(slot * ROWS + M).reshape([STAGE_J, D])
                 k = k.slice((n + 1) % TILES * BLOCK_J, BLOCK_J).permute((1, 0))
-                words = words_smem.index(slot * BLOCKS + N).slice((n + 1) % TILES * BLOCK_I, BLOCK_I).load(WORDS)
-                if AHEAD:
-                    next_x = warpgroup_mma(q, k, _unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
+                words = words_smem.index((slot * BLOCKS + N) * TILES + (n + 1) % TILES).load(WORDS)
                 p = _exp2(x * factor - gl.expand_dims(shift, 1))
                 if not SUM_BY_PRODUCT:
                     part = gl.sum(p.reshape([BLOCK_I, BLOCK_J // 8, 8]), 1)
                     row_sum = row_sum + gl.convert_layout(part, SUM, assert_trivial=True)
                 p = p.to(dtype)
+                # Before the second product of this tile, which may then run on under the exponentials of the next; or
+                # after it, for which there are always registers.
+                if NEXT_FIRST:
+                    next_x = warpgroup_mma(q, k, _unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
                 v = v_smem.index(here * ROWS + M).reshape([STAGE_J, D]).slice(n * BLOCK_J, BLOCK_J)
                 acc = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, OUT, 2)), v, acc, is_async=True)
                 if SUM_BY_PRODUCT:
                     row_sum = warpgroup_mma(
                         gl.convert_layout(p, gl.DotOperandLayout(0, SUM, 2)), ones, row_sum, is_async=True
                     )
-                if AHEAD:
+                if NEXT_FIRST:
                     x = warpgroup_mma_wait(1 + SUM_BY_PRODUCT, deps=(next_x,))
                 else:
                     next_x = warpgroup_mma(q, k, _unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
@@ -327,7 +331,7 @@ def _triangle_attention_fwd_hopper(
     BLOCK_J: gl.constexpr,
     TILES: gl.constexpr,  # of a stage
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
+    NEXT_FIRST: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -342,7 +346,7 @@ def _triangle_attention_fwd_hopper(
     k_smem = gl.allocate_shared_memory(dtype, [STAGES * ROWS, 1, 1, STAGE_J, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES * ROWS, 1, 1, STAGE_J, 1, D], v_desc.layout)
     words_smem = gl.allocate_shared_memory(
-        gl.int32, [STAGES * BLOCKS, TILES * BLOCK_I, BLOCK_J // 2], words_desc.layout
+        gl.int32, [STAGES * BLOCKS * TILES, BLOCK_I, BLOCK_J // 2], words_desc.layout
     )
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(2 * BLOCK_J, 16, rank=2)
     FILLED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NUM_WARPS, 1], [1, 0])
@@ -369,218 +373,44 @@ def _triangle_attention_fwd_hopper(
         key_ptr, flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, stride_key_b, stride_key_r, stride_key_j,
         R, H, I, J, row_groups, groups, stages, items, scale, fill,
     )  # fmt: skip
+    # fmt: off
     if COUNT == 1:
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        0,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
-            ],
-            [1],
-            [24],
-        )
+        gl.warp_specialize([
+            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
+        ], [1], [24])
     elif COUNT == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        0,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        1,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
-            ],
-            [NUM_WARPS, 1],
-            [REGISTERS, 24],
-        )
+        gl.warp_specialize([
+            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
+        ], [NUM_WARPS, 1], [REGISTERS, 24])
     elif COUNT == 3:
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        0,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        1,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        2,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
-            ],
-            [NUM_WARPS, NUM_WARPS, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
+        gl.warp_specialize([
+            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
+        ], [NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, 24])
     else:
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        0,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        1,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        2,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        to_attend,
-                        3,
-                        ROWS,
-                        BLOCKS,
-                        STAGES,
-                        TILES,
-                        BLOCK_J,
-                        D,
-                        KEY_TERM,
-                        AHEAD,
-                        SUM_BY_PRODUCT,
-                        Q_IN_REGISTERS,
-                        NUM_WARPS,
-                    ),
-                ),
-                (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
-            ],
-            [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1],
-            [REGISTERS, REGISTERS, REGISTERS, 24],
-        )
+        gl.warp_specialize([
+            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_attend, (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, KEY_TERM, NEXT_FIRST,
+                SUM_BY_PRODUCT, Q_IN_REGISTERS, NUM_WARPS)),
+            (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D)),
+        ], [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, 24])
+    # fmt: on
 
 
 def _descriptor(t: Tensor, box: list[int]) -> TensorDescriptor:
@@ -623,7 +453,7 @@ def fixed_shift(
             _descriptor(q, [1, 1, BLOCK_I, 1, D]),
             _descriptor(k, [1, 1, STAGE_J, 1, D]),
             _descriptor(v, [1, 1, STAGE_J, 1, D]),
-            _descriptor(words, [shape.TILES * BLOCK_I, shape.BLOCK_J // 2]),
+            _descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
             key,
             None if key is None else bias_pass.key_flags(key, stages, STAGE_J),
             out,
@@ -647,12 +477,13 @@ def fixed_shift(
             BLOCK_J=shape.BLOCK_J,
             TILES=shape.TILES,
             STAGES=shape.STAGES,
-            AHEAD=shape.AHEAD,
+            NEXT_FIRST=shape.NEXT_FIRST,
             SUM_BY_PRODUCT=shape.SUM_BY_PRODUCT,
             Q_IN_REGISTERS=shape.Q_IN_REGISTERS,
             REGISTERS=shape.REGISTERS,
             NUM_WARPS=shape.NUM_WARPS,
             num_warps=shape.NUM_WARPS,
+            **({} if shape.maxnreg is None else {"maxnreg": shape.maxnreg}),
         )
     return out, row_max, row_sum
 
