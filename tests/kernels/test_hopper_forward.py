@@ -272,7 +272,7 @@ kernel = forward._triangle_attention_fwd_hopper
 constants = dict(D=32, KEY_TERM="add", **{k: v for k, v in vars(shape).items() if k in kernel.arg_names})
 keys = desc("bf16", [1, 1, stage_j, 1, 32], gl.bfloat16)
 types = {"k_desc": keys, "v_desc": keys, "q_desc": desc("bf16", [1, 1, block_i, 1, 32], gl.bfloat16)}
-types["words_desc"] = desc("i32", [shape.TILES * block_i, shape.BLOCK_J // 2], gl.int32)
+types["words_desc"] = desc("i32", [block_i, shape.BLOCK_J // 2], gl.int32)
 pointers = dict(key="*bf16", flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
 types |= {"scale": "fp32", "fill": "fp32"} | {name: "constexpr" for name in constants}
 types |= {f"{name}_ptr": kind for name, kind in pointers.items()}

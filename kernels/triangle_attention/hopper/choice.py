@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-_SHORTEST = 192  # keys: below it a call takes as long as its launches, of which there are three here
+_SHORTEST = 192  # keys: below it a call takes as long as its launches, of which there are four here
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
 
