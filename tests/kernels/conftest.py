@@ -189,7 +189,8 @@ def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
             t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
+            with torch.no_grad():
+                return t.fill_(float("nan")) if t.is_floating_point() else t
 
         return nan_filled
 
