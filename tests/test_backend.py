@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import trifast_inductor
+from trifast_inductor import rewrite
 from trifast_inductor.errors import DeclinedError, UnknownOptionError
 from trifast_inductor.rewrite import TriangleAttentionPass
 
@@ -21,6 +23,7 @@ from .patterns.spellings import MatmulInPlace, inputs
 
 config = torch._inductor.config
 CHECKOUT = Path(__file__).parents[1]
+PACKAGE = Path(trifast_inductor.__file__).parent
 
 
 is_installed = pytest.mark.skipif(
@@ -220,6 +223,24 @@ class TestCaches:
         assert plain.uuid() != strict.uuid()
         assert TriangleAttentionPass(before=CountingPass()).uuid() not in (plain.uuid(), None)
         assert TriangleAttentionPass(before=lambda graph: None).uuid() is None
+
+    @pytest.mark.parametrize("changed", ["backend.py", "kernels/triangle_attention/forward.py", "patterns/axes.py"])
+    def test_the_hash_covers_every_source_of_a_checkout(self, changed, tmp_path, monkeypatch):
+        """In a checkout `kernels` and `patterns` are links, which `Path.rglob` leaves out."""
+        shutil.copytree(PACKAGE, tmp_path / "trifast_inductor", symlinks=True)
+        for name in ("kernels", "patterns"):
+            if (PACKAGE / name).is_symlink():
+                shutil.copytree(PACKAGE / name, tmp_path / name)
+
+        def hash_now() -> bytes:
+            get_hash_for_files.cache_clear()
+            return rewrite.sources_hash.__wrapped__()
+
+        monkeypatch.setattr(rewrite, "__file__", str(tmp_path / "trifast_inductor" / "rewrite.py"))
+        before = hash_now()
+        path = tmp_path / "trifast_inductor" / changed
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert hash_now() != before
 
     @is_installed
     def test_a_second_process_hits_the_cache_and_is_rewritten(self, tmp_path):
