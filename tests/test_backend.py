@@ -227,10 +227,7 @@ class TestCaches:
     @pytest.mark.parametrize("changed", ["backend.py", "kernels/triangle_attention/forward.py", "patterns/axes.py"])
     def test_the_hash_covers_every_source_of_a_checkout(self, changed, tmp_path, monkeypatch):
         """In a checkout `kernels` and `patterns` are links, which `Path.rglob` leaves out."""
-        shutil.copytree(PACKAGE, tmp_path / "trifast_inductor", symlinks=True)
-        for name in ("kernels", "patterns"):
-            if (PACKAGE / name).is_symlink():
-                shutil.copytree(PACKAGE / name, tmp_path / name)
+        copied_package(tmp_path)
 
         def hash_now() -> bytes:
             get_hash_for_files.cache_clear()
@@ -243,7 +240,7 @@ class TestCaches:
         assert hash_now() != before
 
     @is_installed
-    def test_a_second_process_hits_the_cache_and_is_rewritten(self, tmp_path):
+    def test_a_second_process_hits_the_cache_unless_our_sources_changed(self, tmp_path):
         program = (
             "import torch\n"
             "from torch._dynamo.utils import counters\n"
@@ -263,11 +260,24 @@ class TestCaches:
         environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
         assert run_python(program, environ).split() == ["True", "False"]
         assert run_python(program, environ).split() == ["True", "True"]
+        copied = copied_package(tmp_path / "copy")
+        kernel = copied / "trifast_inductor" / "kernels" / "triangle_attention" / "cpu.py"
+        kernel.write_bytes(kernel.read_bytes() + b"\n")
+        assert run_python(program, environ, copied).split() == ["True", "False"]
 
 
-def run_python(program: str, environ: dict[str, str] | None = None) -> str:
+def copied_package(to: Path) -> Path:
+    """The sources as they are, links and all, under a folder that can stand on the path."""
+    shutil.copytree(PACKAGE, to / "trifast_inductor", symlinks=True)
+    for name in ("kernels", "patterns"):
+        if (PACKAGE / name).is_symlink():
+            shutil.copytree(PACKAGE / name, to / name)
+    return to
+
+
+def run_python(program: str, environ: dict[str, str] | None = None, checkout: Path = CHECKOUT) -> str:
     """A process of its own, outside the checkout, as a user's would be."""
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **(environ or {}), "PYTHONPATH": path},
