@@ -1,5 +1,6 @@
 """Tuned tiles on disk: nothing is lost, nothing foreign is believed, and no fault is worse than a warning."""
 
+import errno
 import json
 import logging
 import os
@@ -97,6 +98,23 @@ def test_a_write_that_breaks_off_leaves_the_old_file(store: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tile_store.save(MACHINE, {"b": ENTRY})
+    assert tile_store.load(MACHINE) == {"a": ENTRY}
+    assert not list(store.parent.glob(".*.tmp"))
+
+
+def test_a_full_disk_costs_one_warning_and_leaves_the_old_file(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tile_store.save(MACHINE, {"a": ENTRY})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert tile_store.save(MACHINE, {"b": ENTRY}) is None
+    assert tile_store.save(MACHINE, {"b": ENTRY}) is None
+    (record,) = caplog.records
+    assert "No space left" in record.getMessage()
     assert tile_store.load(MACHINE) == {"a": ENTRY}
     assert not list(store.parent.glob(".*.tmp"))
 

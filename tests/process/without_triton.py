@@ -1,0 +1,54 @@
+"""A process whose Triton is `missing` or `broken`: prints counts, warnings and differences as JSON."""
+
+import importlib.abc
+import json
+import logging
+import sys
+from typing import Any
+
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "triton":
+            if sys.argv[1] == "missing":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            raise ImportError("libtriton.so: undefined symbol")
+
+
+sys.meta_path.insert(0, Blocked())
+
+# ruff: noqa: E402
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from tests.process.sites import core, inputs
+from trifast_inductor.kernels.triangle_attention import validation
+
+torch._inductor.config.force_disable_caches = True
+messages: list[str] = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+logging.getLogger("trifast_inductor").addHandler(handler)
+
+
+def twice(q: Tensor, bias: Tensor) -> Tensor:
+    return core(core(q, bias), bias)
+
+
+def run() -> dict[str, Any]:
+    torch._dynamo.reset()
+    counters.clear()
+    off = torch.compile(twice, backend="trifast")(*inputs()) - twice(*inputs())
+    return {"off": off.abs().max().item(), "counts": dict(counters["trifast"]), "warnings": list(messages)}
+
+
+found: dict[str, Any] = {}
+if sys.argv[1] == "missing":
+    found["on_cpu"] = run()
+else:
+    # What a CUDA tensor would ask for; inductor's CPU code stands in for what it makes of the graph.
+    validation.needs_triton = lambda *_: True
+    found["needing_it"] = run()
+print(json.dumps({**found, "imported": "triton" in sys.modules}))
