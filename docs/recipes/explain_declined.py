@@ -27,6 +27,11 @@ class TriangleAttention(nn.Module):
         return out, weights if self.keep_weights else None
 
 
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What `python -m trifast_inductor explain docs.recipes.explain_declined:example` reports on."""
+    return TriangleAttention(), (torch.randn(1, 16, 16, 32),)
+
+
 def main() -> None:
     x = torch.randn(1, 16, 16, 32)
     print("as it is:")
