@@ -140,3 +140,23 @@ def test_a_probe_for_another_package_of_that_name_finds_nothing(name: str) -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_ci_runs_what_the_readme_says_and_make_check_does() -> None:
+    script, makefile = (CHECKOUT / ".ci" / "run").read_text(), (CHECKOUT / "Makefile").read_text()
+    command = script.splitlines()[-1].removeprefix("exec ")
+    assert f"\n{command} " in (CHECKOUT / "README.md").read_text()
+    assert re.search(rf"^{command.removeprefix('make ')} check: ", makefile, re.MULTILINE)
+
+
+def test_pre_commit_calls_what_is_there_and_downloads_nothing() -> None:
+    """Hooks of this checkout, each a tool of the test extra and files that exist."""
+    yaml = pytest.importorskip("yaml")
+    (repo,) = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    extra = (CHECKOUT / "pyproject.toml").read_text()
+    for hook in repo["hooks"]:
+        assert hook["language"] == "system"
+        tool, *arguments = hook["entry"].split()
+        assert tool.removeprefix(".venv/bin/") in ("python", *re.findall(r'"(\w+)[">]', extra))
+        assert all((CHECKOUT / word).exists() for word in arguments if "/" in word)
