@@ -89,7 +89,13 @@ def render() -> str:
     parts += ["N is any size, and rows, queries and keys may differ in number. `TRITON_INTERPRET=1` runs the Triton"]
     parts += ["kernels on the CPU, for small sizes; the suite does, in a process of its own.\n"]
     parts += ["## Modes\n"]
-    parts += [table(("mode", "CPU", "CUDA"), [(name, _tested(cpu), _tested(gpu)) for name, cpu, gpu in MODES])]
+    parts += [
+        '"Every run" has it; what says "with a GPU" is skipped without one; the rest has no test of its own there.\n'
+    ]
+    modes = [
+        (name, "every run" if cpu else "", "with a GPU" if cuda else "", _files(cpu, cuda)) for name, cpu, cuda in MODES
+    ]
+    parts += [table(("mode", "CPU", "CUDA", "tests"), modes)]
     parts += ["## Published packages\n"]
     parts += [f"{', '.join(name for name, _ in PACKAGES)}: both nodes, in each of these.\n"]
     published = [
@@ -106,9 +112,8 @@ def _cell(device: str, dtype: torch.dtype, D: int) -> str:
     return name if len(run) == len(CALLS) else f"{name}, op only"
 
 
-def _tested(test: str) -> str:
-    file, _, name = test.partition("::")
-    return f"`{name or Path(file).stem}`" if test else ""
+def _files(*tests: str) -> str:
+    return ", ".join(dict.fromkeys(f"`{test.partition('::')[0]}`" for test in tests if test))
 
 
 def _published(case: agreement.Case) -> str:
