@@ -3,6 +3,7 @@
 import ast
 import builtins
 import contextlib
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ BLOCKS = [block for page in pages() for block in blocks_of(page)]
 PYTHON = list(dict.fromkeys(block.page for block in BLOCKS if block.language == "python"))
 
 
+HAS_GPU = torch.cuda.is_available()
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what the pages show is a CPU's
@@ -32,6 +36,8 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_python(page) -> None:
     """One after the other in one namespace, as a reader would type them."""
+    if HAS_GPU and importlib.util.find_spec("transformers") is None:
+        pytest.skip(f"transformers is not installed: {published.INSTALL}")
     published.esmfold()
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page):
