@@ -65,17 +65,21 @@ def inputs(N: int, left_out: bool, J: int | None = None, R: int | None = None) -
 def _flex() -> Callable[[Inputs], torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.config.recompile_limit = 16  # a length and a key term each
 
-    def call(x: Inputs) -> torch.Tensor:
-        bias, key = x.bias[0], None if x.key_bias is None else x.key_bias[0]
-
+    def attend(q: Any, k: Any, v: Any, bias: Any, key: Any, scale: float) -> torch.Tensor:
         def score_mod(score: Any, r: Any, h: Any, i: Any, j: Any) -> Any:
             score = score + bias[h, i, j]
             return score if key is None else score + key[r, j]
 
-        q, k, v = (t[0].transpose(1, 2) for t in (x.q, x.k, x.v))
-        return compiled(q, k, v, score_mod=score_mod, scale=x.scale).transpose(1, 2)[None]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flex_attention(q, k, v, score_mod=score_mod, scale=scale).transpose(1, 2)
+
+    compiled = torch.compile(attend, dynamic=False)
+
+    def call(x: Inputs) -> torch.Tensor:
+        key = None if x.key_bias is None else x.key_bias[0]
+        return compiled(x.q[0], x.k[0], x.v[0], x.bias[0], key, x.scale)[None]
 
     return call
 
