@@ -32,10 +32,10 @@ def _fresh(request):
     trifast_inductor.unregister()
 
 
-def told(module: str, *arguments: str, **environ: str) -> dict:
+def told(module: str, **environ: str) -> dict:
     """The last line that a program of tests/process prints, as JSON."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"tests.process.{module}", *arguments],
+        [sys.executable, "-W", "ignore", "-m", f"tests.process.{module}"],
         cwd=CHECKOUT,
         env={**os.environ, "TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1", **environ},
         capture_output=True,
@@ -75,22 +75,18 @@ class TestOneProcess:
 
 
 class TestTriton:
-    def test_missing_is_no_matter_on_the_cpu(self):
-        found = told("without_triton", "missing")
+    def test_without_it_plain_inductor_and_one_warning(self):
+        """On the CPU nothing misses it; a graph that needs it is left to inductor, both of its sites."""
+        found = told("without_triton")
         assert not found["imported"]
         assert found["on_cpu"]["counts"] == {"rewritten": 2}
         assert found["on_cpu"]["warnings"] == []
-        assert found["on_cpu"]["off"] < 1e-5
-
-    def test_broken_is_plain_inductor_and_one_warning(self):
-        found = told("without_triton", "broken")
-        assert not found["imported"]
         assert found["needing_it"]["counts"] == {"declined": 2, "declined: no-triton": 2}
         (warning,) = found["needing_it"]["warnings"]
         assert "Triton cannot be imported (libtriton.so: undefined symbol)" in warning
-        assert found["needing_it"]["off"] < 1e-5
+        assert max(found["on_cpu"]["off"], found["needing_it"]["off"]) < 1e-5
 
-    @pytest.mark.parametrize("error", [ImportError, OSError, AttributeError])
+    @pytest.mark.parametrize("error", [ModuleNotFoundError, ImportError, OSError, AttributeError])
     def test_a_broken_installation_may_raise_anything(self, error, monkeypatch):
         def fail(name):
             raise error("libtriton.so")
