@@ -276,8 +276,11 @@ class Lowering:
         node = self.graph.call_function(target, args, kwargs)
         self.written.append(node)
         example_args, example_kwargs = fx.node.map_arg((args, kwargs), example_of)
-        with self.fake_mode:
+        # Without gradients: hooks on saved tensors, a checkpoint's around the whole model among them, are the user's.
+        with torch.no_grad(), self.fake_mode:
             example = target(*example_args, **example_kwargs)
+        if torch.is_grad_enabled() and _any_requires_grad((example_args, example_kwargs)):
+            pytree.tree_map_only(torch.Tensor, _require_grad, example)
         for key in ("example_value", "val"):
             if key in self.replaced.meta:
                 node.meta[key] = example
@@ -285,6 +288,15 @@ class Lowering:
             if key in self.replaced.meta:
                 node.meta[key] = self.replaced.meta[key]
         return node
+
+
+def _any_requires_grad(given: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(given))
+
+
+def _require_grad(example: torch.Tensor) -> None:
+    if example.is_floating_point():
+        example.requires_grad_()
 
 
 def _has_effects(op: Op) -> bool:

@@ -52,6 +52,17 @@ class TestCheckpoint:
     def test_around_the_core(self, use_reentrant):
         assert_agrees(Block(lambda *args: checkpoint(core, *args, use_reentrant=use_reentrant)))
 
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_around_what_is_compiled(self, use_reentrant):
+        """The checkpoint's hooks see what the program saves, and nothing of what the pass runs while compiling.
+
+        With `use_reentrant` the first run is without gradients, so there are two graphs.
+        """
+        model = Block()
+        compiled = torch.compile(model, backend="trifast")
+        around = Around(lambda block, *args: checkpoint(block, *args, use_reentrant=use_reentrant), compiled)
+        assert_agrees(model, compiled=around, rewritten=2 if use_reentrant else 1)
+
     @pytest.mark.parametrize("saved", [True, False], ids=["saved", "recomputed"])
     def test_a_policy_for_the_op(self, saved):
         """A policy sees what lies below autograd, as with torch's own; saved, the forward runs once, and else twice."""
