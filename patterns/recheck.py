@@ -75,8 +75,8 @@ def _same_leaf(a: Any, b: Any) -> bool:
         if not all(statically_known_true(size == other) for size, other in zip(a.shape, b.shape, strict=True)):
             return False
         # The stride of an axis of one element leads nowhere.
-        strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-        return all(size == 1 or statically_known_true(step == other) for size, step, other in strides)
+        axes = zip(a.shape, a.stride(), b.stride(), strict=True)
+        return all(statically_known_true(size == 1) or statically_known_true(x == y) for size, x, y in axes)
     if isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)):
         return statically_known_true(a == b)
     return bool(a is b or (type(a) is type(b) and a == b))

@@ -144,7 +144,13 @@ def launch(
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
     B, R, I, H, _ = q.shape
     given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    values = {**given, "BLOCK_I": 64, "BLOCK_J": 64, "SEEN": min(1024, triton.next_power_of_2(I))}
+    values = {
+        **given,
+        "ALIGNED": arguments.rows_are_aligned(q, k, v),
+        "BLOCK_I": 64,
+        "BLOCK_J": 64,
+        "SEEN": min(1024, triton.next_power_of_2(I)),
+    }
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     kernel = _triangle_attention_fwd_again
     rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
