@@ -31,8 +31,8 @@ lint: $(VENV)/.ready ## format, lint and types, without a change
 docs: $(VENV)/.ready ## the site, in build/site; fails on a link that leads nowhere
 	@$(RUN)/python -m mkdocs build -q -f docs/site/mkdocs.yml && echo "build/site/index.html"
 
-pages: $(VENV)/.ready ## write the generated pages again: patterns, support, plots
-	@for page in patterns.page docs.support docs.plots; do $(RUN)/python -W ignore -m tests.$$page || exit; done
+pages: $(VENV)/.ready ## write the generated pages again: patterns, support, numerics, plots
+	@for page in patterns.page docs.support numerics.page docs.plots; do $(RUN)/python -W ignore -m tests.$$page || exit; done
 
 dist: $(VENV)/.ready ## wheel and sdist in dist/, checked
 	@rm -rf dist && $(RUN)/python -m build -q && $(RUN)/python -m twine check --strict dist/*

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
+from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs, results
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention.hopper import choice
@@ -38,11 +37,6 @@ def hopper() -> str:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     return "cuda"
-
-
-def eager(x: Inputs) -> torch.Tensor:
-    p = torch.softmax(reference.logits(*x.op[:2], *x.op[3:]), -1).to(x.v.dtype)
-    return torch.einsum("brhij,brjhd->brihd", p, x.v)
 
 
 def fixed_shift(x: Inputs, shape: choice.Shape | None = None):
@@ -81,7 +75,7 @@ LAYOUTS = {"projections": as_projections, "ending node": as_ending_node, "contig
 def check(x: Inputs, result: tuple[torch.Tensor, ...]) -> None:
     out, row_max, row_sum = result
     exact = reference.forward(*x.to(torch.float64).op)
-    assert_within_budget(out, eager(x), exact[0], name="out")
+    assert_within_budget(out, eager(*x.op), exact[0], name="out")
     # Any shift will do, with a sum to match. Bias over scale is rounded once more, and what is summed are
     # probabilities as they are multiplied with v.
     rounding = torch.finfo(x.q.dtype).eps
@@ -230,15 +224,9 @@ def test_backward_takes_its_statistics(hopper):
     x = random_inputs(R=4, I=256, J=256, dtype=torch.bfloat16, device=hopper, key_term="additive")
     ours = backward.launch(x.grad_out, *x.op[:6], *launch(x), x.scale, x.fill, x.key_term_first, True)
 
-    def gradients(forward_of: Callable[[Inputs], torch.Tensor], y: Inputs) -> tuple[torch.Tensor, ...]:
-        leaves = [t.detach().clone().requires_grad_() for t in (y.q, y.k, y.v, y.bias)]
-        out = forward_of(replace(y, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3]))
-        return torch.autograd.grad(out, leaves, y.grad_out)
-
-    in_eager = gradients(eager, x)
-    exact = gradients(lambda y: reference.forward(*y.op)[0], x.to(torch.float64))
-    for name, actual, theirs, wanted in zip(("q", "k", "v", "bias"), ours, in_eager, exact, strict=True):
-        assert_within_budget(actual, theirs, wanted, name=f"d{name}")
+    in_eager, exact = results(eager, x), results(eager, x.to(torch.float64))
+    for name, actual in zip(("dq", "dk", "dv", "dbias"), ours, strict=True):
+        assert_within_budget(actual, in_eager[name], exact[name], name=name)
 
 
 def test_other_devices_get_the_portable_kernel():

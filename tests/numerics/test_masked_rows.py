@@ -7,6 +7,8 @@ from torch._dynamo.utils import counters
 from . import page
 from .masked_rows import DTYPES, SPELLINGS, AllSpellings, inputs, rewritten, run
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 # Its own quantum is 32 at -65504, so that eager loses a bias that comes after; see docs/numerics.md.
 KNOWN = {("float16", "`masked_fill(finfo.min) + bias`")}
 ROWS_LOST = {
@@ -14,16 +16,6 @@ ROWS_LOST = {
     "a batch": [[False, False, False], [True, True, True]],
     "all": [[True, True, True], [True, True, True]],
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
 
 
 def assert_as_eager(dtype, compiled, lost, device="cpu"):

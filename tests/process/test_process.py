@@ -18,17 +18,11 @@ from trifast_inductor.kernels.triangle_attention import validation
 from .sites import core, inputs
 
 CHECKOUT = Path(__file__).parents[2]
-config = torch._inductor.config
 
 
 @pytest.fixture(autouse=True)
-def _fresh(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch._dynamo.reset()
-    counters.clear()
-    with config.patch(force_disable_caches=True):
-        yield
+def _unregistered(compiled_afresh):
+    yield
     trifast_inductor.unregister()
 
 
