@@ -46,6 +46,7 @@ def resident() -> int:
 
 
 def tensors() -> int:
+    """Tensors alive that were made since gc.freeze()."""
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
@@ -59,11 +60,15 @@ def test_memory_is_flat_over_fifty_compiled_calls():
     q, k, v, grad = (torch.randn(1, 48, 2, 48, 32) for _ in range(4))  # 0.6 MB each
     leaves = [t.requires_grad_() for t in (q, k, v, torch.randn(1, 1, 2, 48, 48))]
     seen = {}
-    for call in range(50):
-        torch.autograd.grad(compiled(*leaves), leaves, grad)
-        if call in (9, 49):
-            seen[call] = tensors(), resident()
+    gc.freeze()  # what earlier tests left may go at any call: only tensors made here are counted
+    try:
+        for call in range(50):
+            torch.autograd.grad(compiled(*leaves), leaves, grad)
+            if call in (9, 49):
+                seen[call] = tensors(), resident()
+    finally:
+        gc.unfreeze()
     assert counters["trifast"] == {"rewritten": 1}
-    assert seen[49][0] == seen[9][0]
+    assert seen[49][0] <= seen[9][0]
     # Forty outputs kept would be 24 MB; an allocator's own growth settles within the first calls.
-    assert seen[49][1] - seen[9][1] < 8 << 20
+    assert seen[49][1] - seen[9][1] < 16 << 20

@@ -284,7 +284,7 @@ def test_products_stay_asynchronous():
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
-        timeout=120,
+        timeout=300,
     )
     assert "Used 96 registers" in done.stdout, done.stdout + done.stderr  # five times 128 threads
     assert "serialized" not in done.stdout, done.stdout

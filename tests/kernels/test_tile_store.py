@@ -133,7 +133,7 @@ for n in range(40):
     writers = [
         subprocess.Popen([sys.executable, "-c", program, str(tile_store.__file__), name]) for name in ("one", "two")
     ]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert len(tile_store.load(MACHINE)) == 80
 
 
