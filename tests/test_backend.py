@@ -33,11 +33,8 @@ is_installed = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    with config.patch(force_disable_caches=True):
-        yield
+def _fresh(compiled_afresh):
+    yield
     trifast_inductor.unregister()
 
 

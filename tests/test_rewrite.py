@@ -16,8 +16,8 @@ from .patterns.graphs import captured
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    counters.clear()
+def _fresh(compiled_afresh):
+    pass
 
 
 def attend(q, k, v, bias):

@@ -1,7 +1,6 @@
 import os
 
 import pytest
-import torch
 
 
 def pytest_collection_modifyitems(items):
@@ -13,4 +12,4 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _fresh(compiled_afresh):
-    torch.manual_seed(0)
+    pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 
 import hypothesis
 import torch
@@ -190,11 +192,23 @@ def run(examples: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
         if result in FAILURES:
             failures.append(f"{result}: {case}\n    {text}")
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    judge()
+    with _quiet_on_one_thread():
+        judge()
     return counts, failures
+
+
+@contextlib.contextmanager
+def _quiet_on_one_thread() -> Iterator[None]:
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        torch.set_num_threads(threads)
 
 
 def _run_star(arguments: tuple[int, int]) -> tuple[collections.Counter[str], list[str]]:

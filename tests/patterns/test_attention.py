@@ -19,7 +19,6 @@ from .spellings import SPELLINGS, Projections, inputs
 def _fresh():
     torch._dynamo.reset()
     counters.clear()
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("B", [1, 2])
