@@ -44,6 +44,8 @@ class _Rerun:
         self.roots: list[Value] = []
         self.bodies: list[fx.Graph] = []
         self.given_to_vmap: set[int] = set()
+        # A tensor that changes its shape in place was recorded with the shape that it has at the end.
+        self.is_as_recorded = not any(nodes.changes_shape_in_place(node) for node in graph.nodes)
 
     def run(self) -> Reading:
         outputs_of: dict[fx.Node, Value] = {}
@@ -92,11 +94,13 @@ class _Rerun:
         body = nodes.region_body(node)
         if body is None and not nodes.can_rerun(node):
             return self._unread(node)
-        if nodes.is_projection(node):
-            return self._as_recorded(node, nodes.OPAQUE[nodes.base_name(node)])
-        if nodes.base_name(node) == "matmul" and self._is_plain_product(node):
-            return self._as_recorded(node, torch.ops.aten.matmul.default)
+        whole = nodes.OPAQUE[nodes.base_name(node)] if nodes.is_projection(node) else None
+        known = whole or self._plain(node)
+        if known is not None and self.is_as_recorded and not self.recorder.knows(nodes.example_of(node)):
+            return self._as_recorded(node, known)
         try:
+            if whole is not None:
+                return self.recorder.run_whole(whole, *fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__))
             return nodes.call(node, self.env) if body is None else self._through(node, body)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
@@ -109,13 +113,18 @@ class _Rerun:
         self.recorder.record(target, args, kwargs, result)
         return result
 
-    def _is_plain_product(self, node: fx.Node) -> bool:
-        """Two stacks of matrices in one dtype: neither a Linear in disguise nor cast by autocast."""
+    def _plain(self, node: fx.Node) -> Any:
+        """The ATen op that a node is, where neither autocast nor promotion changes a dtype."""
+        target = nodes.PLAIN.get(node.target)
         given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
         tensors = [*given, nodes.example_of(node)]
-        if len(given) != 2 or node.kwargs or not all(isinstance(t, FakeTensor) for t in tensors):
-            return False
-        return all(t.dim() >= 3 and t.dtype == tensors[0].dtype for t in tensors)
+        if target is None or node.kwargs or not all(isinstance(t, FakeTensor) for t in tensors):
+            return None
+        if not isinstance(node.args[0], fx.Node) or any(t.dtype != tensors[-1].dtype for t in tensors):
+            return None
+        if target is torch.ops.aten.matmul.default and any(t.dim() < 3 for t in tensors):  # a Linear in disguise
+            return None
+        return target
 
     def _input(self, node: fx.Node) -> Any:
         example = nodes.example_of(node)

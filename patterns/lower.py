@@ -64,8 +64,8 @@ class Lowering:
         """Copy the result into the memory order that eager gives it, for readers that depend on it."""
         result = self.result
         assert result is not None
-        eager = self.site.out.value.tensor
-        order = sorted(range(eager.dim()), key=lambda dim: eager.stride(dim), reverse=True)
+        eager = self.site.out.value.tensor.stride()
+        order = sorted(range(len(eager)), key=eager.__getitem__, reverse=True)
         readers = list(result.users)
         with self.graph.inserting_before(self.replaced):
             copy = self._call(aten.permute.default, result, order)

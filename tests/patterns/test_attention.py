@@ -1,6 +1,7 @@
 """Every spelling is rewritten and agrees with eager; every near miss is left alone, with its reason."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -127,3 +128,44 @@ def test_a_failing_reading_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatc
     model, (x, mask) = SPELLINGS[0](), inputs(SPELLINGS[0])
     torch.testing.assert_close(torch.compile(model, backend=rewriting)(x, mask), model(x, mask))
     assert counters["trifast"] == {"declined": 1, f"declined: {Reason.UNREADABLE.slug}": 1}
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT + bias, -1) @ v
+
+
+def _query_turned(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q = torch.nn.functional.linear(x, torch.eye(8, dtype=x.dtype))
+    q.transpose_(2, 3)
+    return _attend(q, k, v, bias)
+
+
+def _alias_turned(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q = x * 2
+    q.add_(1).transpose_(2, 3)
+    return _attend(q, k, v, bias)
+
+
+def _logits_turned_twice(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    logits = x.transpose(2, 3) @ k.mT + bias
+    logits.transpose_(-1, -2)
+    probabilities = torch.softmax(logits, -2)
+    probabilities.transpose_(-1, -2)
+    return probabilities @ v
+
+
+def _bias_unsqueezed(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    whole = bias.squeeze(1).clone()
+    whole.unsqueeze_(1)
+    return _attend(x.transpose(2, 3), k, v, whole)
+
+
+@pytest.mark.parametrize("N", [2, 5])  # as many keys as heads, where a mistaken axis has the right size
+@pytest.mark.parametrize("attend", [_query_turned, _alias_turned, _logits_turned_twice, _bias_unsqueezed])
+def test_tensors_that_change_their_shape_in_place(attend: Callable[..., Tensor], N: int) -> None:
+    x = torch.randn(2, 3, N, 2, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 3, 2, N, 8, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(2, 1, 2, N, N, dtype=torch.float64)
+    actual = torch.compile(attend, backend=rewriting)(x, k, v, bias)
+    assert counters["trifast"] == {"rewritten": 1}
+    torch.testing.assert_close(actual, attend(x, k, v, bias))
