@@ -44,10 +44,10 @@ class _Rerun:
         self.roots: list[Value] = []
         self.bodies: list[fx.Graph] = []
         self.given_to_vmap: set[int] = set()
-        # A tensor that changes its shape in place was recorded with the shape that it has at the end.
-        self.is_as_recorded = not any(nodes.changes_shape_in_place(node) for node in graph.nodes)
+        self.is_as_recorded = True
 
     def run(self) -> Reading:
+        self._look_for_changed_shapes(self.graph)
         outputs_of: dict[fx.Node, Value] = {}
         with nodes.autocast_left_as_found() as regions:
             for node in self.graph.nodes:
@@ -65,8 +65,13 @@ class _Rerun:
             recorder.ops, recorder.writes, outputs_of, self.env, self.unread, self.bodies, recorder.input_storages
         )
 
+    def _look_for_changed_shapes(self, graph: fx.Graph) -> None:
+        """A tensor that changes its shape in place was recorded with the shape that it has at the end."""
+        self.is_as_recorded &= not any(map(nodes.changes_shape_in_place, graph.nodes))
+
     def _through(self, node: fx.Node, body: fx.Graph) -> Any:
         """The results of a region, re-run node by node. None of its nodes stands for a value of the outer graph."""
+        self._look_for_changed_shapes(body)
         name = getattr(node.target, "__name__", "")
         arguments = fx.node.map_arg(node.args[nodes.BODY_AT[name] + 1 :], self.env.__getitem__)
         placeholders = [inner for inner in body.nodes if inner.op == "placeholder"]
@@ -118,7 +123,9 @@ class _Rerun:
         target = nodes.PLAIN.get(node.target)
         given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
         tensors = [*given, nodes.example_of(node)]
-        if target is None or node.kwargs or not all(isinstance(t, FakeTensor) for t in tensors):
+        if target is None or node.kwargs or len(node.args) > 2:  # torch.add(x, alpha, y) has a third
+            return None
+        if not all(isinstance(t, FakeTensor) for t in tensors):
             return None
         if not isinstance(node.args[0], fx.Node) or any(t.dtype != tensors[-1].dtype for t in tensors):
             return None

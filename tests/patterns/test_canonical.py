@@ -104,6 +104,12 @@ def test_two_nodes_with_one_recorded_result_are_two_values() -> None:
     assert reading.outputs_of[twice].tensor is not reading.outputs_of[thrice].tensor
 
 
+def test_an_old_call_with_a_factor_is_no_plain_sum() -> None:
+    _, reading = read(lambda x, y: torch.add(x, 2, y), torch.randn(4), torch.randn(4))
+    (sum_,) = (op for op in reading.ops if packet(op) is aten.add)
+    assert (sum_.args[1].shape, sum_.kwargs) == ((4,), {"alpha": 2})
+
+
 def test_only_torchs_own_functions_are_taken_for_plain_ops() -> None:
     """A function of the user's that Dynamo may call may have any name."""
 
