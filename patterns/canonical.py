@@ -105,7 +105,7 @@ class _Rerun:
             return self._as_recorded(node, known)
         try:
             if whole is not None:
-                return self.recorder.run_whole(whole, *fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__))
+                return self.recorder.run_whole(whole, *nodes.arguments(node, self.env))
             return nodes.call(node, self.env) if body is None else self._through(node, body)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
@@ -114,22 +114,22 @@ class _Rerun:
     def _as_recorded(self, node: fx.Node, target: Any) -> Any:
         """The result that the tracer recorded; running these again, taken apart, is most of a reading."""
         result = nodes.example_of(node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        args, kwargs = nodes.arguments(node, self.env)
         self.recorder.record(target, args, kwargs, result)
         return result
 
     def _plain(self, node: fx.Node) -> Any:
         """The ATen op that a node is, where neither autocast nor promotion changes a dtype."""
         target = nodes.PLAIN.get(node.target)
-        given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
-        tensors = [*given, nodes.example_of(node)]
         if target is None or node.kwargs or len(node.args) > 2:  # torch.add(x, alpha, y) has a third
             return None
-        if not all(isinstance(t, FakeTensor) for t in tensors):
+        given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
+        tensors = [*given, nodes.example_of(node)]
+        if not isinstance(node.args[0], fx.Node) or not all(isinstance(t, FakeTensor) for t in tensors):
             return None
-        if not isinstance(node.args[0], fx.Node) or any(t.dtype != tensors[-1].dtype for t in tensors):
+        if any(t.dtype != tensors[-1].dtype for t in tensors):
             return None
-        if target is torch.ops.aten.matmul.default and any(t.dim() < 3 for t in tensors):  # a Linear in disguise
+        if target is nodes.aten.matmul.default and any(t.dim() < 3 for t in tensors):  # a Linear in disguise
             return None
         return target
 

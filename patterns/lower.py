@@ -168,7 +168,7 @@ class Lowering:
     def _back(self, out: fx.Node) -> fx.Node:
         """From [B, R, I, H, D] to the axes of the result that is replaced."""
         roles = self.site.roles
-        groups = tuple(flat(label) for label in (roles.b, roles.r, roles.i, roles.h, roles.d))
+        groups = (roles.b, roles.r, roles.i, roles.h, roles.d)
         if set(flat(*self.site.out.labels)) != set(flat(*groups)):
             raise Declined(Reason.UNDECIDED_SIZES, "the result has other axes than the logits")
         node = self._laid_out(out, groups, self.site.out.labels)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 
 # What no pattern looks through, by the name of the node.
-OPAQUE = {"linear": torch.ops.aten.linear.default, "layer_norm": torch.ops.aten.layer_norm.default}
+OPAQUE = {"linear": aten.linear.default, "layer_norm": aten.layer_norm.default}
 
 # What makes a new tensor by one ATen op, as an operator, a function, a method and itself.
 PLAIN: dict[Any, Any] = {
@@ -99,7 +99,7 @@ def is_batched(x: Any) -> bool:
 
 def changes_shape_in_place(node: fx.Node) -> bool:
     """Such as `transpose_`: the tensor stays, its sizes and strides do not."""
-    packet = getattr(torch.ops.aten, base_name(node), None) if base_name(node).endswith("_") else None
+    packet = getattr(aten, base_name(node), None) if base_name(node).endswith("_") else None
     if packet is None or base_name(node).endswith("__"):
         return False
     return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
@@ -141,8 +141,13 @@ def under(fake_mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """What a node is given: args and kwargs."""
+    return fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+
+
 def call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    args, kwargs = arguments(node, env)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

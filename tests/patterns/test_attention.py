@@ -15,11 +15,7 @@ from .graphs import gradients, rewriting
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import SPELLINGS, Projections, inputs
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
 
 @pytest.mark.parametrize("B", [1, 2])
