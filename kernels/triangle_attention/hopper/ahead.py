@@ -1,9 +1,10 @@
 """A partition of the Hopper forward without a shift, in which every product runs under exponentials.
 
-No maximum at all: p = 2^(logit·log2 e), which bfloat16 has room for up to logits of ±44; a row beyond is computed
-again, as one is whose shift was no good. The bias is added by the multiplication that scales the product, so that no
-product starts from registers: that of the next tile and the second one of the tile before are under way while this
-tile's exponentials are computed, and accumulators are only touched once all have ended.
+No maximum at all: p = 2^(logit·log2 e), which bfloat16 has room for while the largest logit of a row lies between -69
+and 83; a row beyond is computed again, as one is whose shift was no good. (float16 has room for -2 to 11 only.) The
+bias is added by the multiplication that scales the product, so that no product starts from registers: that of the next
+tile and the second one of the tile before are under way while this tile's exponentials are computed, and accumulators
+are only touched once all have ended.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

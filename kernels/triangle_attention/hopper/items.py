@@ -33,9 +33,10 @@ def store(out_ptr, row_max_ptr, row_sum_ptr, acc, total, top, b, r, h, block, R,
     BLOCK_I: gl.constexpr = acc.shape[0]
     D: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    # Below, what p has lost to its smallest values may show; above, sums of p·v may overflow.
-    LEAST: gl.constexpr = 2.0**-64 if dtype == gl.bfloat16 else 0.125
-    MOST: gl.constexpr = 2.0**64
+    # Below, what p has lost to its smallest values (2^-126, and 2^-24 in float16) may show. Above, a polynomial's p may
+    # have been clamped; where sums of p·v overflow before, the output is not finite.
+    LEAST: gl.constexpr = 2.0**-100 if dtype == gl.bfloat16 else 0.125
+    MOST: gl.constexpr = 2.0**120
     out = acc * gl.expand_dims(1.0 / total, 1)
     # Far from zero, the backward's x - row_max would be off by the rounding of x·factor and shift here.
     sound = (total > LEAST) & (total < MOST) & (gl.abs(top) < 4096.0) & (gl.abs(gl.sum(out, 1)) < float("inf"))
