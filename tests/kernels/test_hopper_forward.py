@@ -27,14 +27,12 @@ SHAPES = {
     "two partitions": choice.Shape(),
     "four partitions": choice.Shape(BLOCKS=2, NUM_WARPS=4),
     "one tile a stage": choice.Shape(TILES=1, STAGES=6),
-    "three rows": choice.Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),
     "sums in registers": choice.Shape(SUM_BY_PRODUCT=False),
     "an eighth by polynomial": choice.Shape(BLOCKS=2, NUM_WARPS=4, POLYNOMIAL=8),
     "ahead": AHEAD,
     "ahead, a quarter by polynomial": replace(AHEAD, POLYNOMIAL=4),
     "ahead, an eighth by polynomial": replace(AHEAD, POLYNOMIAL=8),
     "ahead, sums in registers": replace(AHEAD, SUM_BY_PRODUCT=False),
-    "ahead, one tile a stage": replace(AHEAD, TILES=1, STAGES=6),
     "ahead, 32 keys a tile": choice.Shape(BLOCKS=2, NUM_WARPS=4, BLOCK_J=32, STAGES=6, AHEAD=True),
     "ahead, two partitions": choice.Shape(BLOCK_J=32, STAGES=6, AHEAD=True),
 }
@@ -333,7 +331,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 # Those that a measurement may choose, and the registers of a thread at the start of a program.
-ASYNCHRONOUS = {"four partitions": 96, "ahead": 128, "ahead, 32 keys a tile": 96}
+ASYNCHRONOUS = {"four partitions": 96, "ahead": 128}
 
 
 @pytest.mark.parametrize("name", ASYNCHRONOUS)
