@@ -35,9 +35,9 @@ AHEAD = Shape(ROWS=3, NUM_WARPS=4, REGISTERS=160, AHEAD=True)
 SHAPES = {
     "ahead": AHEAD,  # no shift, every product under exponentials: three rows by 64 queries, 160 registers
     "ahead-8": replace(AHEAD, POLYNOMIAL=8),  # an eighth of the exponentials by multiply-add units
+    "ahead-2x2": Shape(BLOCKS=2, NUM_WARPS=4, BLOCK_J=32, STAGES=6, AHEAD=True),  # four, with tiles of 32 keys
     "ahead-4": replace(AHEAD, POLYNOMIAL=4),  # a quarter
     "2x2": Shape(BLOCKS=2, NUM_WARPS=4),  # of step 7: a partition for each warpgroup
-    "ahead-2x2": Shape(BLOCKS=2, NUM_WARPS=4, BLOCK_J=32, STAGES=6, AHEAD=True),  # four, with tiles of 32 keys
     "2x2-8": Shape(BLOCKS=2, NUM_WARPS=4, POLYNOMIAL=8),
     "ahead-sums": replace(AHEAD, SUM_BY_PRODUCT=False),  # row sums by addition: less for the tensor cores
     "default": Shape(),  # of step 7, "q" there: two partitions of two warpgroups

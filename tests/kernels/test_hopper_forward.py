@@ -252,6 +252,14 @@ def test_other_devices_get_the_portable_kernel():
     assert choice.refusal(x.q, x.k, x.v, x.bias, None, 1.0, 0.0, False) == "the device is no Hopper"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("fill", "first"), [(-9999.0, False), (-1e9, True)])
+def test_a_fill_that_may_keep_some_probability_is_declined(hopper, fill, first):
+    x = random_inputs(J=256, dtype=torch.bfloat16, device=hopper, key_term="mask")
+    assert choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, -1e30, first) is None
+    assert str(fill) in choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, fill, first)
+
+
 @pytest.mark.parametrize("D", [16, 32, 64])
 def test_shapes_fit_into_shared_memory(D):
     # A KiB for barriers and for what the partitions are given.
