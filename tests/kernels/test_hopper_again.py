@@ -50,7 +50,7 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
     given[0, 0, 1, 8:15] = special  # in the other half of a word
     given = given.to(dtype).to(device)
     scale = 32**-0.5
-    x = _unpacked(bias.tiles(given, scale, 2, 4, 64, 64), dtype, 2, 2, 4).cpu()
+    x = _unpacked(bias.tiles(given, 1 / scale, 2, 4, 64, 64), dtype, 2, 2, 4).cpu()
 
     wanted = given[0].float().cpu() / scale
     close = wanted.abs() < 1e38
@@ -63,3 +63,14 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
         assert specials[[4, 6]].max() < -3.2e38
     # A key past the end has no weight; a word must not turn it into a NaN.
     assert x[:, :70, 150:].max() < -3.2e38
+
+
+@pytest.mark.parametrize("select", [False, True], ids=["additive", "mask"])
+def test_key_terms_are_padded_and_flagged(device, select):
+    key = torch.zeros(2, 3, 150, dtype=torch.uint8 if select else torch.bfloat16)
+    key[0, 1, 7] = key[1, 2, 64] = key[1, 2, 149] = 1 if select else -3.0
+    terms, flags = bias.key_terms(key.mT.contiguous().mT.to(device), 0.25, 3, 64)
+    expected = torch.zeros(2, 3, 192)
+    expected[0, 1, 7] = expected[1, 2, 64] = expected[1, 2, 149] = float("-inf") if select else -12.0
+    assert torch.equal(terms.cpu().view(2, 3, 192), expected)
+    assert flags[:-1].view(2, 3, 3).nonzero().tolist() == [[0, 1, 0], [1, 2, 1], [1, 2, 2]]

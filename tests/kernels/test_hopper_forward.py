@@ -1,6 +1,8 @@
 """The Hopper forward against the definition; what it compiles to is looked at without a GPU."""
 
+import operator
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,17 +20,21 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice
 if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
 from trifast_inductor.kernels.triangle_attention import backward
-from trifast_inductor.kernels.triangle_attention.hopper import forward
+from trifast_inductor.kernels.triangle_attention.hopper import forward, registers
 
+AHEAD = choice.Shape(ROWS=3, BLOCKS=1, REGISTERS=160, AHEAD=True)
 SHAPES = {
-    "two partitions": choice.Shape(),
-    "four partitions": choice.Shape(BLOCKS=2, NUM_WARPS=4),
-    "one tile a stage": choice.Shape(TILES=1, STAGES=6),
-    "three rows": choice.Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),
-    "two programs": choice.Shape(ROWS=1, TILES=1, NEXT_FIRST=True, PROGRAMS=2, maxnreg=80),
-    "sixteen warps": choice.Shape(ROWS=1, NUM_WARPS=16, STAGES=2),
-    "q in registers": choice.Shape(Q_IN_REGISTERS=True),
-    "sums in registers": choice.Shape(SUM_BY_PRODUCT=False),
+    "two partitions": choice.Shape(BLOCKS=1, NUM_WARPS=8),
+    "four partitions": choice.Shape(),
+    "one tile a stage": choice.Shape(BLOCKS=1, NUM_WARPS=8, TILES=1, STAGES=6),
+    "sums in registers": choice.Shape(BLOCKS=1, NUM_WARPS=8, SUM_BY_PRODUCT=False),
+    "an eighth by polynomial": choice.Shape(POLYNOMIAL=8),
+    "ahead": AHEAD,
+    "ahead, a quarter by polynomial": replace(AHEAD, POLYNOMIAL=4),
+    "ahead, an eighth by polynomial": replace(AHEAD, POLYNOMIAL=8),
+    "ahead, sums in registers": replace(AHEAD, SUM_BY_PRODUCT=False),
+    "ahead, 32 keys a tile": choice.Shape(BLOCK_J=32, STAGES=6, AHEAD=True),
+    "ahead, two partitions": choice.Shape(BLOCKS=1, NUM_WARPS=8, BLOCK_J=32, STAGES=6, AHEAD=True),
 }
 
 
@@ -41,7 +47,7 @@ def hopper() -> str:
 
 def fixed_shift(x: Inputs, shape: choice.Shape | None = None):
     """The Gluon kernel alone: NaN in a row sum asks for the block to be computed again."""
-    return forward.fixed_shift(*x.op[:-1], shape)
+    return forward.fixed_shift(*x.op[:-2], shape)
 
 
 def launch(x: Inputs, shape: choice.Shape | None = None):
@@ -82,6 +88,15 @@ def check(x: Inputs, result: tuple[torch.Tensor, ...]) -> None:
     finite = exact[1].isfinite() & (exact[1] > -1e4)
     log_sum, exact_sum = row_max + row_sum.log(), exact[1] + exact[2].log()
     assert (log_sum - exact_sum)[finite].abs().max() <= rounding * (1 + x.bias[x.bias.isfinite()].abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("D", [16, 32])
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
+def test_ahead_agrees_with_reference(hopper, dtype, D, key_term):
+    x = random_inputs(B=2, R=4, I=200, J=333, H=2, D=D, dtype=dtype, device=hopper, key_term=key_term)
+    check(x, fixed_shift(as_projections(x), AHEAD))
 
 
 @pytest.mark.gpu
@@ -182,6 +197,8 @@ AGAIN = {
 @pytest.mark.parametrize("change", AGAIN)
 def test_rows_that_need_another_shift(hopper, dtype, shape, change):
     changed, rows, queries = AGAIN[change]
+    if SHAPES[shape].AHEAD and change == "first keys at -inf":
+        rows, queries = [], []  # no shift is taken from them
     x = changed(random_inputs(R=3, I=130, J=260, dtype=dtype, device=hopper))
     unsound = fixed_shift(x, SHAPES[shape])[2].isnan()
     expected = torch.zeros_like(unsound)
@@ -220,13 +237,22 @@ def test_wholly_left_out_rows(hopper, amount):
 
 
 @pytest.mark.gpu
-def test_backward_takes_its_statistics(hopper):
+@pytest.mark.parametrize("shape", [choice.Shape(), AHEAD], ids=["shifted", "ahead"])
+def test_backward_takes_its_statistics(hopper, shape):
     x = random_inputs(R=4, I=256, J=256, dtype=torch.bfloat16, device=hopper, key_term="additive")
-    ours = backward.launch(x.grad_out, *x.op[:6], *launch(x), x.scale, x.fill, x.key_term_first, True)
+    ours = backward.launch(x.grad_out, *x.op[:6], *launch(x, shape), x.scale, x.fill, x.key_term_first, True)
 
     in_eager, exact = results(eager, x), results(eager, x.to(torch.float64))
     for name, actual in zip(("dq", "dk", "dv", "dbias"), ours, strict=True):
         assert_within_budget(actual, in_eager[name], exact[name], name=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("fill", "first"), [(-9999.0, False), (-1e9, True)])
+def test_a_fill_that_may_keep_some_probability_is_declined(hopper, fill, first):
+    x = random_inputs(J=256, dtype=torch.bfloat16, device=hopper, key_term="mask")
+    assert choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, -1e30, first) is None
+    assert str(fill) in choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, fill, first)
 
 
 @pytest.mark.parametrize("D", [16, 32, 64])
@@ -234,6 +260,40 @@ def test_shapes_fit_into_shared_memory(D):
     # A KiB for barriers and for what the partitions are given.
     assert choice.shape_for(D).shared_memory(D) + 1024 <= choice.SHARED_MEMORY
     assert max(shape.shared_memory(32) for shape in SHAPES.values()) + 1024 <= choice.SHARED_MEMORY
+
+
+def _as_written(instructions: str, y: torch.Tensor) -> torch.Tensor:
+    """PTX of one value, each instruction rounded once."""
+    values = {"{y}": y, "23": 23}
+    for line in instructions.strip().splitlines():
+        name, operands = line.rstrip(";").split(" ", 1)
+        into, *given = operands.split(", ")
+        a, *others = (values[o] if o in values else struct.unpack(">f", bytes.fromhex(o[2:]))[0] for o in given)
+        operation = name.split(".")[0]
+        if operation == "fma":
+            values[into] = a.double() * others[0] + others[1]
+            if ".sat." in name:
+                values[into] = values[into].clamp(0, 1).nan_to_num(0)
+            values[into] = values[into].float()
+        elif operation == "mov":
+            values[into] = a.view(torch.float32 if into == "{x}" else torch.int32)
+        else:
+            values[into] = {"sub": operator.sub, "shl": operator.lshift, "add": operator.add}[operation](a, *others)
+    return values["{x}"]
+
+
+def test_polynomial_is_an_exponential():
+    y = torch.linspace(-125, 126, 100001)
+    error = _as_written(registers._POLYNOMIAL, y) / y.double().exp2() - 1
+    assert error.abs().max() < 1e-4
+
+
+def test_polynomial_keeps_within_its_range():
+    """Above it, and for a NaN, with a sum that `items.store` declines; below it, with next to nothing."""
+    y = torch.tensor([127.0, 1e30, float("inf"), float("nan"), -127.0, -3.3e38, float("-inf")])
+    p = _as_written(registers._POLYNOMIAL, y)
+    assert (p[:4] > 2.0**120).all()
+    assert (p[4:].abs() < 2.0**-120).all()
 
 
 COMPILE = """
@@ -245,19 +305,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from trifast_inductor.kernels.triangle_attention.hopper import choice, forward
 
-shape = choice.shape_for(32)
+shape = choice.Shape(**eval(sys.argv[1]))
 stage_j, block_i = shape.TILES * shape.BLOCK_J, 16 * shape.NUM_WARPS
 
 def desc(kind, box, dtype):
     return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
 
 kernel = forward._triangle_attention_fwd_hopper
-constants = dict(D=32, KEY_TERM="add", **{k: v for k, v in vars(shape).items() if k in kernel.arg_names})
+constants = dict(D=32, HAS_KEY_TERM=True, **{k: v for k, v in vars(shape).items() if k in kernel.arg_names})
 keys = desc("bf16", [1, 1, stage_j, 1, 32], gl.bfloat16)
 types = {"k_desc": keys, "v_desc": keys, "q_desc": desc("bf16", [1, 1, block_i, 1, 32], gl.bfloat16)}
+types["terms_desc"] = desc("fp32", [stage_j], gl.float32)
 types["words_desc"] = desc("i32", [block_i, shape.BLOCK_J // 2], gl.int32)
-pointers = dict(key="*bf16", flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
-types |= {"scale": "fp32", "fill": "fp32"} | {name: "constexpr" for name in constants}
+pointers = dict(flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
+types |= {"scale": "fp32"} | {name: "constexpr" for name in constants}
 types |= {f"{name}_ptr": kind for name, kind in pointers.items()}
 signature = {name: types.get(name, "i32") for name in kernel.arg_names}
 aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
@@ -272,16 +333,21 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def test_products_stay_asynchronous():
+# Those that a measurement may choose, and the registers of a thread at the start of a program.
+ASYNCHRONOUS = {"four partitions": 96, "ahead": 128}
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_products_stay_asynchronous(name):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
+        [sys.executable, "-c", COMPILE, repr(vars(SHAPES[name]))],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
         timeout=300,
     )
-    assert "Used 96 registers" in done.stdout, done.stdout + done.stderr  # five times 128 threads
+    assert f"Used {ASYNCHRONOUS[name]} registers" in done.stdout, done.stdout + done.stderr
     assert "serialized" not in done.stdout, done.stdout
     left = int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1])
     assert left >= 0, f"{-left} bytes of shared memory too many"

@@ -1,9 +1,9 @@
-"""What the Hopper forward reads instead of the bias and of a clean key term: two passes of N² and R·J work.
+"""What the Hopper forward reads instead of the bias and the key term: two passes of N² and R·J work.
 
-The bias is divided by the scale and stored tile by tile in the order in which a warpgroup's accumulators lie in
-registers, so that each thread loads 16 bytes and the first product starts from them: no layout conversion, no
-addition, no test for the end of the keys (a key past the end has a bias that no row survives). Of the two bfloat16 in
-a word one is the word itself, read as float32.
+The bias is scaled and stored tile by tile in the order in which a warpgroup's accumulators lie in registers, so that
+each thread loads 16 bytes of what its logits start from or have added: no layout conversion, no test for the end of
+the keys (a key past the end has a bias that no row survives). Of the two bfloat16 in a word one is the word itself,
+read as float32. Key terms become float32 in the unit of the product, padded to whole stages.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -26,7 +26,7 @@ def _bias_tiles(
     J,
     tiles_i,
     tiles_j,
-    inverse_scale,
+    factor,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -38,7 +38,7 @@ def _bias_tiles(
     bias_ptr += (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h
     ptrs = bias_ptr + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     bias = tl.load(ptrs, mask=in_range, other=0.0).to(tl.float32)
-    x = bias * inverse_scale
+    x = bias * factor
     dtype: tl.constexpr = bias_ptr.dtype.element_ty
     # Where a bias is out of range, so is its logit, and the row's sum or shift shows it.
     if dtype == tl.bfloat16:
@@ -67,8 +67,9 @@ def _bias_tiles(
 
 
 @triton.jit
-def _key_flags(
+def _key_terms(
     key_ptr,
+    terms_ptr,  # [B, R, stages, STAGE_J]
     flags_ptr,  # [B, R, stages]
     stride_b: tl.int64,
     stride_r: tl.int64,
@@ -76,28 +77,39 @@ def _key_flags(
     R,
     J,
     stages,
+    inverse_scale,
+    SELECT: tl.constexpr,
     STAGE_J: tl.constexpr,
 ):
     stage = tl.program_id(0)
     br = stage // stages
-    j = stage % stages * STAGE_J + tl.arange(0, STAGE_J)
+    of_stage = tl.arange(0, STAGE_J)
+    j = stage % stages * STAGE_J + of_stage
     key_ptr += (br // R).to(tl.int64) * stride_b + (br % R).to(tl.int64) * stride_r
     key = tl.load(key_ptr + j.to(tl.int64) * stride_j, mask=j < J, other=0)
+    terms = tl.where(key != 0, float("-inf"), 0.0) if SELECT else key.to(tl.float32) * inverse_scale
+    tl.store(terms_ptr + stage.to(tl.int64) * STAGE_J + of_stage, terms)
     tl.store(flags_ptr + stage, tl.max((key != 0).to(tl.int32), 0))
 
 
-def tiles(bias: Tensor, scale: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> Tensor:
-    """A 16-bit bias over the scale, in int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
+def tiles(bias: Tensor, factor: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> Tensor:
+    """A 16-bit bias times a factor, in int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
     B, H, I, J = bias.shape
     count = B * H * tiles_i * tiles_j
     words = torch.empty((count * BLOCK_I, BLOCK_J // 2), dtype=torch.int32, device=bias.device)
-    _bias_tiles[(count,)](bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, 1 / scale, BLOCK_I, BLOCK_J)
+    _bias_tiles[(count,)](bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, factor, BLOCK_I, BLOCK_J)
     return words
 
 
-def key_flags(key: Tensor, stages: int, STAGE_J: int) -> Tensor:
-    """1 where some key of a stage has a key term; one flag more than there are, since the kernel reads ahead."""
+def key_terms(key: Tensor, scale: float, stages: int, STAGE_J: int) -> tuple[Tensor, Tensor]:
+    """Of a key term or mask `[B, R, J]`: float32 over the scale, flat; and 1 where some key of a stage has one.
+
+    A fill, which lies so low that no row survives it, becomes minus infinity. There is a flag more than there are
+    stages, since the kernel reads ahead.
+    """
     B, R, J = key.shape
+    terms = torch.empty(B * R * stages * STAGE_J, dtype=torch.float32, device=key.device)
     flags = torch.empty(B * R * stages + 1, dtype=torch.int32, device=key.device)
-    _key_flags[(B * R * stages,)](key, flags, *key.stride(), R, J, stages, STAGE_J)
-    return flags
+    select = key.dtype == torch.uint8
+    _key_terms[(B * R * stages,)](key, terms, flags, *key.stride(), R, J, stages, 1 / scale, select, STAGE_J)
+    return terms, flags

@@ -12,8 +12,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-# Keys. Measured: a quarter faster than the portable kernel at 512, slower at 256 with a key term; between, a guess.
-_SHORTEST = 384
+_SHORTEST = 256  # keys: as measured at D=32, where it is a twentieth to a seventh faster; shorter ones were not
 _FEWEST_ITEMS = 512  # blocks of queries, about four for each multiprocessor: a guess
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
@@ -26,30 +25,28 @@ class Shape:
     """
 
     ROWS: int = 2
-    BLOCKS: int = 1
-    NUM_WARPS: int = 8
+    BLOCKS: int = 2
+    NUM_WARPS: int = 4
     BLOCK_J: int = 64
     TILES: int = 2
     STAGES: int = 3
-    NEXT_FIRST: bool = False  # two programs a multiprocessor have registers for it, two partitions have not
+    AHEAD: bool = False  # `ahead.py`, or `shifted.py`
     SUM_BY_PRODUCT: bool = True
-    Q_IN_REGISTERS: bool = True
+    POLYNOMIAL: int = 0  # one exponential of so many is computed by the multiply-add units
     REGISTERS: int = 112  # of the partitions but the first, which has what they leave
-    PROGRAMS: int = 1  # a multiprocessor
-    maxnreg: int | None = None  # at the start of a program, which decides how many there is room for
 
     def shared_memory(self, D: int) -> int:
-        """Bytes for q, k, v, words of the bias and ones; barriers, and what partitions are given, come on top."""
+        """Bytes for q, k, v, words of the bias, key terms and ones; barriers, and what partitions get, come on top."""
         BLOCK_I, STAGE_J = 16 * self.NUM_WARPS, self.TILES * self.BLOCK_J
-        stage = 2 * self.ROWS * STAGE_J * D + self.BLOCKS * BLOCK_I * STAGE_J
-        return 2 * (2 * self.ROWS * self.BLOCKS * BLOCK_I * D + self.STAGES * stage + 8 * self.BLOCK_J)
+        stage = 2 * self.ROWS * STAGE_J * (D + 1) + self.BLOCKS * BLOCK_I * STAGE_J
+        return 2 * (self.ROWS * self.BLOCKS * BLOCK_I * D + self.STAGES * stage + 8 * self.BLOCK_J)
 
 
 def shape_for(D: int) -> Shape:
     """Four warpgroups, of two rows by two blocks of queries; three where the accumulators are twice as large."""
     if D <= 32:
         return Shape()
-    return Shape(ROWS=3, NUM_WARPS=4, TILES=1, REGISTERS=128)
+    return Shape(ROWS=3, BLOCKS=1, TILES=1, REGISTERS=128)
 
 
 _broken: str | None = None
@@ -120,8 +117,8 @@ def refusal(
         return f"a bias of {bias.dtype} would be rounded to {q.dtype}"
     if not scale > 1e-6:
         return "the bias is divided by the scale, which is not positive"
-    if key_mask is not None and key_term_first and fill > -1e30:
-        return "the bias is added to a fill that does not swallow it"
+    if key_mask is not None and fill > (-1e30 if key_term_first else -1e4):
+        return f"a fill of {fill} may leave a masked key some probability"
     if not all(map(_copied_by_engine, (q, k, v))):
         return "q, k or v has rows that are not dense or not on 16 bytes"
     return gluon_refusal()

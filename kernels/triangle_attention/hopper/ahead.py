@@ -1,0 +1,145 @@
+"""A partition of the Hopper forward without a shift, in which every product runs under exponentials.
+
+No maximum at all: p = 2^(logit·log2 e), which bfloat16 has room for while the largest logit of a row lies between -69
+and 83; a row beyond is computed again, as one is whose shift was no good. (float16 has room for -2 to 11 only.) The
+bias is added by the multiplication that scales the product, so that no product starts from registers: that of the next
+tile and the second one of the tile before are under way while this tile's exponentials are computed, and accumulators
+are only touched once all have ended.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from trifast_inductor.kernels.triangle_attention.hopper.items import next_place, place, store
+from trifast_inductor.kernels.triangle_attention.hopper.registers import (
+    LOG2E,
+    exp2,
+    operand,
+    pairs,
+    rounded_pairs,
+    row_sums,
+    unpack,
+)
+
+
+@gluon.jit
+def attend_ahead(
+    shared,
+    WHICH: gl.constexpr,  # of the ROWS·BLOCKS partitions
+    ROWS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    BLOCK_J: gl.constexpr,
+    D: gl.constexpr,
+    HAS_KEY_TERM: gl.constexpr,
+    SUM_BY_PRODUCT: gl.constexpr,
+    POLYNOMIAL: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    """One block of queries of one row, for each item of the program."""
+    (
+        q_smem, k_smem, v_smem, words_smem, terms_smem, ones, q_full, q_empty, full, empty,
+        flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, R, H, I, row_groups, groups, stages, items, scale,
+    ) = shared  # fmt: skip
+    BLOCK_I: gl.constexpr = 16 * NUM_WARPS
+    STAGE_J: gl.constexpr = TILES * BLOCK_J
+    M: gl.constexpr = WHICH // BLOCKS
+    N: gl.constexpr = WHICH % BLOCKS
+    dtype: gl.constexpr = q_smem.dtype
+    X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_J, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, D, 16])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, 8, 16])
+    Q: gl.constexpr = gl.DotOperandLayout(0, X, 2)
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [256 // BLOCK_J, BLOCK_J // 8], [NUM_WARPS, 1], [1, 0])
+    factor = scale * LOG2E
+
+    b, rows, h, group = place(gl.program_id(0), groups, H, row_groups)
+    b_step, rows_step, h_step, group_step = place(gl.num_programs(0), groups, H, row_groups)
+    slot = 0
+    phase = 0
+    before = 0
+    turn = 0
+    # x is always one tile ahead, over the end of an item too.
+    mbarrier.wait(q_full, 0)
+    q = pairs(q_smem.index(WHICH).reshape([BLOCK_I, D]).load(Q))
+    mbarrier.arrive(q_empty, count=1)
+    mbarrier.wait(full.index(0), 0)
+    k = k_smem.index(M).reshape([STAGE_J, D]).slice(0, BLOCK_J).permute((1, 0))
+    none = gl.zeros([BLOCK_I, BLOCK_J], gl.float32, X)
+    x = warpgroup_mma(operand(q, dtype, Q), k, none, use_acc=False, is_async=True)
+    x = warpgroup_mma_wait(0, deps=(x,))
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        r = rows * ROWS + M
+        flag = 0
+        if HAS_KEY_TERM:
+            row_flags_ptr = flags_ptr + (b * R + gl.minimum(r, R - 1)) * stages
+            flag = gl.load(row_flags_ptr)
+        turn += 1  # noqa: SIM113
+        acc = gl.zeros([BLOCK_I, D], gl.float32, OUT)
+        row_sum = gl.zeros([BLOCK_I, 8], gl.float32, SUM)
+        # Nothing is added before the first tile: zeros times a part of v that is there.
+        p = rounded_pairs(gl.zeros([BLOCK_I, BLOCK_J], gl.float32, X), dtype)
+        # Not `slot` itself: Triton carries no name through a loop that begins as another one and follows it there.
+        before_v = slot + 0
+        for stage in range(stages):
+            masked = flag
+            if HAS_KEY_TERM:
+                flag = gl.load(row_flags_ptr + stage + 1)
+            for n in gl.static_range(TILES):
+                here = slot
+                words = words_smem.index((here * BLOCKS + N) * TILES + n).load(WORDS)
+                if HAS_KEY_TERM and masked != 0:
+                    terms = terms_smem.index(here * ROWS + M).slice(n * BLOCK_J, BLOCK_J).load(gl.SliceLayout(0, X))
+                    x = x + gl.expand_dims(terms, 0)
+                if n == TILES - 1:
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+                    if stage == stages - 1:
+                        mbarrier.wait(q_full, turn & 1, pred=item + gl.num_programs(0) < items)
+                        q = pairs(q_smem.index(WHICH).reshape([BLOCK_I, D]).load(Q))
+                        mbarrier.arrive(q_empty, count=1)
+                    mbarrier.wait(full.index(slot), phase)
+                k = k_smem.index(slot * ROWS + M).reshape([STAGE_J, D])
+                k = k.slice((n + 1) % TILES * BLOCK_J, BLOCK_J).permute((1, 0))
+                v = v_smem.index(before_v * ROWS + M).reshape([STAGE_J, D])
+                v = v.slice((n + TILES - 1) % TILES * BLOCK_J, BLOCK_J)
+                next_x = warpgroup_mma(operand(q, dtype, Q), k, none, use_acc=False, is_async=True)
+                acc = warpgroup_mma(operand(p, dtype, P), v, acc, is_async=True)
+                if SUM_BY_PRODUCT:
+                    row_sum = warpgroup_mma(
+                        operand(p, dtype, gl.DotOperandLayout(0, SUM, 2)), ones, row_sum, is_async=True
+                    )
+                e = exp2(x * factor + unpack(words, dtype, BLOCK_J, NUM_WARPS, X), POLYNOMIAL)
+                p = rounded_pairs(e, dtype)
+                if SUM_BY_PRODUCT:
+                    x, acc, row_sum = warpgroup_mma_wait(0, deps=(next_x, acc, row_sum))
+                else:
+                    row_sum = row_sum + row_sums(e, SUM)
+                    x, acc = warpgroup_mma_wait(0, deps=(next_x, acc))
+                if n == 0:
+                    # The last product with the v of the stage before is done.
+                    mbarrier.arrive(empty.index(before), count=1, pred=(stage > 0) | (turn > 1))
+                before_v = here
+            before = here
+
+        v = v_smem.index(before * ROWS + M).reshape([STAGE_J, D]).slice((TILES - 1) * BLOCK_J, BLOCK_J)
+        acc = warpgroup_mma(operand(p, dtype, P), v, acc, is_async=True)
+        if SUM_BY_PRODUCT:
+            row_sum = warpgroup_mma(operand(p, dtype, gl.DotOperandLayout(0, SUM, 2)), ones, row_sum, is_async=True)
+            acc, row_sum = warpgroup_mma_wait(0, deps=(acc, row_sum))
+            total = gl.max(row_sum, 1)  # its eight columns are the same
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            total = gl.sum(row_sum, 1)
+        total = gl.convert_layout(total, gl.SliceLayout(1, OUT))
+        top = gl.zeros([BLOCK_I], gl.float32, gl.SliceLayout(1, OUT))
+        store(out_ptr, row_max_ptr, row_sum_ptr, acc, total, top, b, r, h, group * BLOCKS + N, R, H, I)
+        b, rows, h, group = next_place(
+            b, rows, h, group, b_step, rows_step, h_step, group_step, groups, H, row_groups
+        )  # fmt: skip

@@ -1,0 +1,118 @@
+"""What the Hopper forward does with a tile of logits in registers: numbers from words, key terms, exponentials."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+# 2^y = 2^n·2^f with n = round(y), the second by a polynomial of least relative error (7.5e-5) for |f| <= 1/2. y is
+# first held within ±126 by an operation that saturates, which costs it 2^-17. It is turned round so that a NaN
+# becomes the largest value, which the row's sum shows, and not the smallest. 12582912 leaves n in a float's low bits.
+_POLYNOMIAL = """
+fma.rn.sat.f32 s, {y}, 0fBB820821, 0f3F000000;
+fma.rn.f32 t, s, 0fC37C0000, 0f4B40007E;
+sub.rn.f32 f, 0f4B40007E, t;
+fma.rn.f32 f, s, 0fC37C0000, f;
+fma.rn.f32 p, f, 0f3D61FBB0, 0f3E786F0D;
+fma.rn.f32 p, f, p, 0f3F31798D;
+fma.rn.f32 p, f, p, 0f3F7FFB49;
+mov.b32 n, t;
+mov.b32 m, p;
+shl.b32 n, n, 23;
+add.s32 n, n, m;
+mov.b32 {x}, n;
+"""
+
+
+def _exponentials(group: int) -> gl.constexpr:
+    """Of so many numbers, the last one by multiplications and additions."""
+    by_unit = "".join(f"ex2.approx.ftz.f32 ${n}, ${group + n};\n" for n in range(group - 1))
+    polynomial = _POLYNOMIAL.format(x=f"${group - 1}", y=f"${2 * group - 1}")
+    return gl.constexpr("{ .reg .f32 s, t, f, p;\n.reg .b32 n, m;\n" + by_unit + polynomial + "}")
+
+
+_ONE_OF_FOUR = _exponentials(4)
+_ONE_OF_EIGHT = _exponentials(8)
+_FOUR = gl.constexpr(",".join(["=f"] * 4 + ["f"] * 4))
+_EIGHT = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
+
+
+@gluon.jit
+def exp2(x, GROUP: gl.constexpr):
+    """One instruction each (gl.exp2 also takes care of results that are denormal), or but for one of GROUP."""
+    gl.static_assert(GROUP == 0 or GROUP == 4 or GROUP == 8)
+    if GROUP == 4:
+        return gl.inline_asm_elementwise(_ONE_OF_FOUR, _FOUR, [x], dtype=gl.float32, is_pure=True, pack=4)
+    if GROUP == 8:
+        return gl.inline_asm_elementwise(_ONE_OF_EIGHT, _EIGHT, [x], dtype=gl.float32, is_pure=True, pack=8)
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(words, dtype: gl.constexpr, BLOCK_J: gl.constexpr, NUM_WARPS: gl.constexpr, layout: gl.constexpr):
+    """`[BLOCK_I, BLOCK_J]` in float32 of the words that `bias._bias_tiles` stored; nothing moves between threads."""
+    if dtype == gl.bfloat16:
+        high = words.to(gl.float32, bitcast=True)  # chosen so that the low half rounds it right
+        low = (words << 16).to(gl.float32, bitcast=True)
+    else:
+        high = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+        low = words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    x = gl.join(high, low).reshape([BLOCK_J // 16, NUM_WARPS, 8, 4, 2, 2, 2]).permute([1, 4, 2, 0, 6, 3, 5])
+    return gl.convert_layout(x.reshape([16 * NUM_WARPS, BLOCK_J]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def row_max(x):
+    """Over pairs, as a tree: `gl.max` takes a thread's elements one after the other, each waiting for the last."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    BLOCK_I: gl.constexpr = x.shape[0]
+    BLOCK_J: gl.constexpr = x.shape[1]
+    a, b = x.reshape([BLOCK_I, 2, BLOCK_J // 2]).permute([0, 2, 1]).split()
+    half = gl.maximum(a, b)
+    a, b = half.reshape([BLOCK_I, 2, BLOCK_J // 4]).permute([0, 2, 1]).split()
+    return gl.convert_layout(gl.max(gl.maximum(a, b), 1), ROWS, assert_trivial=True)
+
+
+@gluon.jit
+def row_sums(p, layout: gl.constexpr):
+    """`[BLOCK_I, 8]`: the sums of every eighth column, which a thread has all of."""
+    BLOCK_I: gl.constexpr = p.shape[0]
+    BLOCK_J: gl.constexpr = p.shape[1]
+    part = gl.sum(p.reshape([BLOCK_I, BLOCK_J // 8, 8]), 1)
+    return gl.convert_layout(part, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _split_pairs(x):
+    return x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+
+
+@gluon.jit
+def rounded_pairs(x, dtype: gl.constexpr):
+    """As `pairs`, of float32 that is rounded."""
+    low, high = _split_pairs(x)
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def pairs(x):
+    """`[rows, columns/2]` in int32 of a 16-bit operand, whose halves would each take a register through a loop."""
+    low, high = _split_pairs(x)
+    low = low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return low | high.to(gl.int16, bitcast=True).to(gl.int32) << 16
+
+
+@gluon.jit
+def operand(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """What `pairs` was given."""
+    low = words.to(gl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(gl.int16).to(dtype, bitcast=True)
+    x = gl.join(low, high).reshape([words.shape[0], 2 * words.shape[1]])
+    return gl.convert_layout(x, layout, assert_trivial=True)
