@@ -22,6 +22,7 @@ from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
+    dot_of_tile,
     load_key_term,
     load_rows,
     logits_tile,
@@ -152,7 +153,7 @@ def _triangle_attention_bwd_dq(
         if not EVEN_J:
             # p is NaN, not 0, past the end of a row whose logits are all -inf.
             ds = tl.where(in_range[None, :], ds, 0.0)
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot_of_tile(ds.to(k.dtype), k, dq, PRECISION)
 
         k_ptr += BLOCK_J * stride_kj
         v_ptr += BLOCK_J * stride_vj
@@ -264,12 +265,12 @@ def _triangle_attention_bwd_dkdv(
         delta = tl.load(terms_ptr + I + start + i, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
         do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
-        dv = dot(p.to(do.dtype), do, dv, PRECISION)
+        dv = dot_of_tile(p.to(do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
         if KEY_TERM == "select":
             ds = tl.where(key[:, None], 0.0, ds)
-        dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        dk = dot_of_tile(ds.to(q.dtype), q, dk, PRECISION)
 
         q_ptr += BLOCK_I * stride_qi
         do_ptr += BLOCK_I * stride_doi
