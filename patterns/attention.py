@@ -16,21 +16,20 @@ import torch
 from trifast_inductor.kernels.triangle_attention import validation
 from trifast_inductor.patterns import axes, logits, narrowing, scaling, sdpa, terms, values
 from trifast_inductor.patterns.axes import Label, aten, flat, packet
-from trifast_inductor.patterns.canonical import Op, Reading, Size
 from trifast_inductor.patterns.logits import Logits
 from trifast_inductor.patterns.products import is_input
+from trifast_inductor.patterns.recording import Op, Reading, Size
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Refusal, Roles, Site
 from trifast_inductor.patterns.values import Weighted
 
 log = logging.getLogger(__name__)
 
-_SOFTMAXES = {aten._softmax, aten._safe_softmax}
+_ANCHORS = {aten._softmax, aten._safe_softmax, aten.scaled_dot_product_attention}
 
 
 def find(reading: Reading) -> list[Site | Refusal]:
     """One entry for every softmax whose result is used, in the order of the graph."""
-    anchors = {*_SOFTMAXES, aten.scaled_dot_product_attention}
-    return [_look_at(op, reading) for op in reading.ops if op.is_live and packet(op) in anchors]
+    return [_look_at(op, reading) for op in reading.ops if op.is_live and packet(op) in _ANCHORS]
 
 
 def _look_at(anchor: Op, reading: Reading) -> Site | Refusal:

@@ -16,7 +16,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv
 
-from trifast_inductor.patterns.canonical import Op, Size, Value
+from trifast_inductor.patterns.recording import Op, Size, Value
 
 aten = torch.ops.aten
 Extent: TypeAlias = "int | sympy.Expr"

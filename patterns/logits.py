@@ -11,8 +11,8 @@ import torch
 
 from trifast_inductor.patterns import axes, products, terms
 from trifast_inductor.patterns.axes import Label, Labels, aten, flat, packet
-from trifast_inductor.patterns.canonical import Op, Value
 from trifast_inductor.patterns.products import live_readers, reaches_product
+from trifast_inductor.patterns.recording import Op, Value
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Select, Term
 
 Dtypes = tuple[torch.dtype, ...]

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from trifast_inductor.kernels.triangle_attention import op as triangle_attention_op
 from trifast_inductor.patterns import axes, scaling
 from trifast_inductor.patterns.axes import Extent, Label, Labels, aten, flat
-from trifast_inductor.patterns.canonical import REREAD, Op, Reading, Value, example_of
+from trifast_inductor.patterns.nodes import example_of
+from trifast_inductor.patterns.recording import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.site import Declined, Factor, MaskPart, Operand, Reason, Site, Term
 
 
@@ -35,6 +36,7 @@ class Lowering:
         self.written: list[fx.Node] = []
         self.result: fx.Node | None = None
         self.retargeted: dict[fx.Node, Any] = {}
+        self._sizes: dict[Extent, fx.Node] = {}
 
     def apply(self) -> None:
         """Write the nodes and hand them to every reader of the old result; all or nothing."""
@@ -226,6 +228,11 @@ class Lowering:
         """A size as a number, or as the node that gives it."""
         if isinstance(size, int):
             return size
+        if size not in self._sizes:
+            self._sizes[size] = self._node_of_size(size)
+        return self._sizes[size]
+
+    def _node_of_size(self, size: Extent) -> fx.Node:
         for node in self.graph.nodes:
             if node is self.replaced:
                 break

@@ -10,7 +10,7 @@ import torch
 
 from trifast_inductor.patterns import axes
 from trifast_inductor.patterns.axes import aten, packet
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns.recording import Value
 from trifast_inductor.patterns.site import MaskPart, Operand
 
 _NOT = {aten.bitwise_not, aten.logical_not}

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from trifast_inductor.patterns import axes, terms
-from trifast_inductor.patterns.axes import aten, packet
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns import axes, scaling
 from trifast_inductor.patterns.logits import Logits
 from trifast_inductor.patterns.site import Factor, Operand
 
@@ -39,12 +37,10 @@ def _before_upcast(operand: Operand, dtype: torch.dtype) -> tuple[Operand, float
             return None
         pulled = axes.pull(value, labels)
         if pulled is None:
-            by = terms.number_of(op.args[1]) if packet(op) in (aten.mul, aten.div) else None
-            source = op.args[0] if op.args else None
-            if not by or not isinstance(source, Value) or value.dtype != torch.float32:
+            by = scaling.number_of(op)
+            if by is None or value.dtype != torch.float32:
                 return None
-            number = number / by if packet(op) is aten.div else number * by
-            pulled = source, axes.unbroadcast(labels, source.shape)
+            pulled, number = (op.args[0], labels), number * by
         if pulled[0].dtype not in (dtype, torch.float32):
             return None
         value, labels = pulled

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from trifast_inductor.patterns import axes
 from trifast_inductor.patterns.axes import Label, Labels, aten, packet
-from trifast_inductor.patterns.canonical import Op, Value
+from trifast_inductor.patterns.recording import Op, Value
 
 MATRIX_PRODUCTS = {aten.matmul, aten.bmm, aten.mm, aten.baddbmm, aten.addmm}
 

@@ -13,8 +13,8 @@ from torch import fx
 
 from trifast_inductor.patterns import axes, terms
 from trifast_inductor.patterns.axes import aten, packet
-from trifast_inductor.patterns.canonical import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.products import live_readers
+from trifast_inductor.patterns.recording import REREAD, Op, Reading, Value
 from trifast_inductor.patterns.site import Operand
 
 _OUT_OF_PLACE: dict[Any, Any] = {
@@ -42,7 +42,7 @@ def unscaled(scaled: Operand, until: int, reading: Reading) -> tuple[Operand, fl
     while (op := value.op) is not None:
         pulled = axes.pull(value, labels)
         if pulled is None:
-            by = _number(op)
+            by = number_of(op)
             if by is None:
                 break
             pulled, number = (op.args[0], labels), number * by
@@ -61,7 +61,8 @@ def unscaled(scaled: Operand, until: int, reading: Reading) -> tuple[Operand, fl
     return best
 
 
-def _number(op: Op) -> float | None:
+def number_of(op: Op) -> float | None:
+    """What the op multiplies a tensor by, all else alike; None for any other op."""
     if packet(op) not in (aten.mul, aten.div) or op.kwargs.get("rounding_mode") is not None:
         return None
     source, by = op.args[:2]

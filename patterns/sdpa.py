@@ -7,8 +7,8 @@ from typing import Any
 
 from trifast_inductor.patterns import axes, terms
 from trifast_inductor.patterns.axes import Label, flat
-from trifast_inductor.patterns.canonical import Op, Value
 from trifast_inductor.patterns.logits import Logits
+from trifast_inductor.patterns.recording import Op, Value
 from trifast_inductor.patterns.site import Declined, Factor, Operand, Reason, Select, Term
 from trifast_inductor.patterns.values import Weighted
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from trifast_inductor.patterns.axes import Atom, Label, Labels, flat
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns.recording import Value
 
 
 class Reason(enum.Enum):
@@ -126,9 +126,18 @@ class Reason(enum.Enum):
         self.sentence = sentence
         self.way_out = way_out
 
+    @property
+    def looks_like_attention(self) -> bool:
+        """Whether a softmax refused for this reason counts as declined; the others are no attention of ours."""
+        return self not in _NOT_OURS
 
-# A softmax refused for one of these is simply no attention of ours: not counted, not an error under `strict`.
-NOT_OURS = frozenset(
+    def message(self, detail: str = "") -> str:
+        """What a user reads."""
+        return f"{self.sentence}{f' ({detail})' if detail else ''}: {self.way_out}"
+
+
+# A softmax refused for one of these is not counted, and no error under `strict`.
+_NOT_OURS = frozenset(
     {
         Reason.NO_PRODUCT,
         Reason.NOT_CONTRACTED,
@@ -156,14 +165,6 @@ class Refusal:
     softmax: Value
     reason: Reason
     detail: str = ""
-
-    @property
-    def looks_like_attention(self) -> bool:
-        return self.reason not in NOT_OURS
-
-    def __str__(self) -> str:
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"{self.reason.sentence}{detail}: {self.reason.way_out}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from trifast_inductor.patterns import axes, masks
 from trifast_inductor.patterns.axes import Atom, Label, Labels, aten, flat, packet
-from trifast_inductor.patterns.canonical import Value
+from trifast_inductor.patterns.recording import Value
 from trifast_inductor.patterns.site import Declined, Factor, MaskPart, Masks, Operand, Reason, Select, Term
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from trifast_inductor.patterns import axes, products, terms
 from trifast_inductor.patterns.axes import Label, Labels, aten, flat, packet
-from trifast_inductor.patterns.canonical import Op, Value
 from trifast_inductor.patterns.products import leads_to_product, live_readers, multiplied
+from trifast_inductor.patterns.recording import Op, Value
 from trifast_inductor.patterns.site import Declined, Operand, Reason
 
 _MAX_STEPS = 64

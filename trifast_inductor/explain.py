@@ -31,15 +31,31 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     The graphs run without code generation, so this takes seconds where compiling takes minutes. It does not depend on
     compile caches, unlike the counters.
     """
-    # By compile: an attempt that Dynamo starts over replaces the one before.
-    rows: dict[Any, list[Row]] = {}
+    looked = Looked("aot_eager")
+    torch.compile(getattr(model, "_orig_mod", model), backend=looked)(*args, **kwargs)
+    return Report(tuple(looked.rows), looked.graphs)
 
-    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rows[torch._guards.CompileContext.current_compile_id()] = rewrite_all(gm)
-        return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
 
-    torch.compile(getattr(model, "_orig_mod", model), backend=look)(*args, **kwargs)
-    return Report(tuple(row for found in rows.values() for row in found), len(rows))
+class Looked:
+    """A backend that rewrites, keeps what was found, and leaves the running to another backend."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        # By compile: an attempt that Dynamo starts over replaces the one before.
+        self._found: dict[Any, list[Row]] = {}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._found[torch._guards.CompileContext.current_compile_id()] = rewrite_all(gm)
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(gm, example_inputs)
+        return compiled
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for rows in self._found.values() for row in rows]
+
+    @property
+    def graphs(self) -> int:
+        return len(self._found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

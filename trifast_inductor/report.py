@@ -12,8 +12,8 @@ from torch import fx
 
 from trifast_inductor.kernels.triangle_attention.op import implementation
 from trifast_inductor.patterns.axes import Label, flat
-from trifast_inductor.patterns.canonical import Value
-from trifast_inductor.patterns.site import Refusal, Site
+from trifast_inductor.patterns.recording import Value
+from trifast_inductor.patterns.site import Reason, Refusal, Site
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 UNKNOWN_LOCATION = "unknown location"
@@ -48,13 +48,7 @@ class Row:
 
 def row_of(found: Site | Refusal) -> Row:
     if isinstance(found, Refusal):
-        return Row(
-            rewritten=False,
-            location=location(found.softmax),
-            reason=found.reason.slug,
-            message=str(found),
-            looks_like_attention=found.looks_like_attention,
-        )
+        return declined_row(found.reason, found.detail, location(found.softmax))
     roles = found.roles
     by_name = {"B": roles.b, "R": roles.r, "H": roles.h, "I": roles.i, "J": roles.j, "D": roles.d}
     return Row(
@@ -65,6 +59,16 @@ def row_of(found: Site | Refusal) -> Row:
         bias="none" if not found.biases else "pair" if len(found.biases) == 1 else f"{len(found.biases)} terms",
         mask=_mask(found),
         kernel=implementation(found.q.value.tensor.device, found.dtype),
+    )
+
+
+def declined_row(reason: Reason, detail: str = "", location: str = UNKNOWN_LOCATION) -> Row:
+    return Row(
+        rewritten=False,
+        location=location,
+        reason=reason.slug,
+        message=reason.message(detail),
+        looks_like_attention=reason.looks_like_attention,
     )
 
 

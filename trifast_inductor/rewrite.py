@@ -20,10 +20,11 @@ from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
 from trifast_inductor.kernels.triangle_attention import op, validation
-from trifast_inductor.patterns import attention, canonical
+from trifast_inductor.patterns import attention, canonical, nodes, recheck
 from trifast_inductor.patterns.lower import Lowering
-from trifast_inductor.patterns.site import NOT_OURS, Declined, Reason, Refusal, Site
-from trifast_inductor.report import UNKNOWN_LOCATION, Row, location_of, row_of
+from trifast_inductor.patterns.recording import Reading
+from trifast_inductor.patterns.site import Declined, Reason, Refusal, Site
+from trifast_inductor.report import Row, declined_row, location_of, row_of
 
 log = logging.getLogger(__name__)
 GraphPass = Callable[[fx.Graph], None]
@@ -70,13 +71,13 @@ def rewrite(graph: fx.Graph, *, strict: bool = False, packages_kernels: bool = F
         rows, read_through = _rewrite(graph, packages_kernels) if _mentions_softmax(graph) else ([], [])
     except Exception:
         log.warning("the graph could not be read; it is compiled as it is", exc_info=True)
-        rows, read_through = [_unreadable("an exception, which the log shows")], []
+        rows, read_through = [declined_row(Reason.UNREADABLE, "an exception, which the log shows")], []
     rows = _settled(graph, rows, read_through)
     _count(rows)
     _log(rows)
-    declined = [row for row in rows if not row.rewritten and row.looks_like_attention]
-    if strict and declined:
-        raise DeclinedError("\n".join(f"{row.location}: {row.message}" for row in declined))
+    left_alone = [row for row in rows if not row.rewritten and row.looks_like_attention]
+    if strict and left_alone:
+        raise DeclinedError("\n".join(f"{row.location}: {row.message}" for row in left_alone))
     return rows
 
 
@@ -102,7 +103,7 @@ def _mentions_softmax(graph: fx.Graph) -> bool:
             module = getattr(node.target, "__module__", None) or "torch"
             if module.partition(".")[0] not in _TRANSPARENT_MODULES:
                 return True
-            body = canonical.region_body(node)
+            body = nodes.region_body(node)
             if body is not None and _mentions_softmax(body):
                 return True
     return False
@@ -124,10 +125,10 @@ def _name_of(node: fx.Node) -> str:
 
 def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[fx.Graph]]:
     """What became of each softmax, and the bodies of regions whose softmaxes are among them."""
-    fake_mode = canonical.fake_mode_of(graph)
+    fake_mode = nodes.fake_mode_of(graph)
     before = canonical.read(graph)
     if before is None or fake_mode is None:
-        return [_unreadable("its nodes carry no example values")], []
+        return [declined_row(Reason.UNREADABLE, "its nodes carry no example values")], []
     found = attention.find(before)
     lowered: dict[int, Lowering] = {}
     try:
@@ -152,9 +153,13 @@ def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[f
     except BaseException:
         _undo(lowered)
         raise
-    unread = [_unreadable("the softmax cannot be re-run", node) for node in before.unread if _is_softmax(node)]
-    fused = [_refused(Reason.ALREADY_FUSED, node=node) for node in before.unread if _is_flex_attention(node)]
-    return [*map(row_of, found), *unread, *fused], before.bodies
+    rows = [row_of(each) for each in found]
+    for node in before.unread:
+        if _is_softmax(node):
+            rows.append(declined_row(Reason.UNREADABLE, "the softmax cannot be re-run", location_of(node)))
+        elif _is_flex_attention(node):
+            rows.append(declined_row(Reason.ALREADY_FUSED, location=location_of(node)))
+    return rows, before.bodies
 
 
 def _lower(lowering: Lowering) -> Refusal | None:
@@ -180,7 +185,7 @@ def _package(lowered: Iterable[Lowering]) -> None:
     """Where a package is made ahead of time, call the op that lets the kernel itself into the package."""
     calls = [node for lowering in lowered for node in lowering.written if node.target is op.triangle_attention]
     for node in calls:
-        q = canonical.example_of(node.all_input_nodes[0])
+        q = nodes.example_of(node.all_input_nodes[0])
         zeroes_rows = len(node.args) > 9  # which the packaged op does not do
         if q.device.type == "cuda" and validation.needs_triton(q.device, q.dtype) and not zeroes_rows:
             from trifast_inductor.kernels.triangle_attention import packaged
@@ -188,23 +193,9 @@ def _package(lowered: Iterable[Lowering]) -> None:
             node.target = packaged.triangle_attention
 
 
-def _unreadable(detail: str, node: fx.Node | None = None) -> Row:
-    return _refused(Reason.UNREADABLE, f" ({detail})", node)
-
-
-def _refused(reason: Reason, detail: str = "", node: fx.Node | None = None) -> Row:
-    return Row(
-        rewritten=False,
-        location=UNKNOWN_LOCATION if node is None else location_of(node),
-        reason=reason.slug,
-        message=f"{reason.sentence}{detail}: {reason.way_out}",
-        looks_like_attention=reason not in NOT_OURS,
-    )
-
-
-def _runs_as_before(graph: fx.Graph, before: canonical.Reading, lowered: Iterable[Lowering]) -> bool:
+def _runs_as_before(graph: fx.Graph, before: Reading, lowered: Iterable[Lowering]) -> bool:
     results = {lowering.result: lowering.replaced for lowering in lowered if lowering.result is not None}
-    return canonical.runs_as_read(graph, before, results)
+    return recheck.runs_as_read(graph, before, results)
 
 
 # Refusals in bodies that export cut out of a program, until the graph around them has been read. Inductor visits a
@@ -258,8 +249,8 @@ def _log(rows: list[Row]) -> None:
     if not rows:
         return
     rewritten = sum(row.rewritten for row in rows)
-    declined = sum(row.looks_like_attention and not row.rewritten for row in rows)
-    log.info("triangle_attention: %d rewritten, %d declined of %d softmax", rewritten, declined, len(rows))
+    left_alone = sum(row.looks_like_attention and not row.rewritten for row in rows)
+    log.info("triangle_attention: %d rewritten, %d declined of %d softmax", rewritten, left_alone, len(rows))
     for row in rows:
         if not row.rewritten:
             log.debug("triangle_attention: %s: %s", row.location, row)

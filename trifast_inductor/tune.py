@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from trifast_inductor import progress
 from trifast_inductor.kernels.triangle_attention import tile_store, tuning
 from trifast_inductor.kernels.triangle_attention.tuning import Key
 from trifast_inductor.options import integers, names
@@ -67,7 +68,7 @@ def _tune(wanted: list[Key], device: int) -> int:
     failed: list[str] = []
     start = time.monotonic()
     for done, key in enumerate(todo):
-        _progress(done, len(todo), str(key))
+        progress.show(f"{_bar(done, len(todo))} {key}", in_logs=True)
         try:
             outcome = tile_search.search(device, key)
         except Exception as error:  # one shape that does not fit must not end the others
@@ -76,7 +77,8 @@ def _tune(wanted: list[Key], device: int) -> int:
             continue
         tile_store.save(machine, {str(key): outcome.entry})
         outcomes.append(outcome)
-    _progress(len(todo), len(todo), "")
+    progress.show(_bar(len(todo), len(todo)), in_logs=True)
+    progress.show("")
     changed = [outcome for outcome in outcomes if outcome.changed]
     for outcome in changed:
         print(outcome)
@@ -100,12 +102,9 @@ def _show() -> None:
             print(f"  {key}: {sizes}, {entry.get('heuristic_ms')} -> {entry.get('ms')} ms")
 
 
-def _progress(done: int, total: int, text: str) -> None:
-    """One line that is written over on a terminal, a line each elsewhere."""
+def _bar(done: int, total: int) -> str:
     filled = _BAR * done // max(total, 1)
-    line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total} {text}"
-    terminal = sys.stderr.isatty()
-    print(f"\r{line:100}" if terminal else line, end="" if terminal and text else "\n", file=sys.stderr, flush=True)
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,11 +54,12 @@ def _has_tf32() -> bool:
     return target.backend == "cuda" and target.arch >= 80
 
 
-def rows_are_aligned(tensor: Tensor) -> bool:
-    """Whether every row along the last axis lies dense and starts on 16 bytes."""
-    unit = 16 // tensor.itemsize
-    outer = tensor.stride()[:-1]
-    return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(step % unit == 0 for step in outer)
+def rows_are_aligned(*tensors: Tensor) -> bool:
+    """Whether every row along the last axis of each lies dense and starts on 16 bytes."""
+    return all(
+        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(step % (16 // t.itemsize) == 0 for step in t.stride()[:-1])
+        for t in tensors
+    )
 
 
 def bias_is_aligned(bias: Tensor) -> bool:
@@ -72,6 +73,21 @@ def evenness(I: int, J: int, tile: Tile) -> dict[str, bool]:
     return {"EVEN_I": I % tile.BLOCK_I == 0, "EVEN_J": J % tile.BLOCK_J == 0}
 
 
+def kind(shared: dict[str, Any], dtype: torch.dtype, device: int) -> dict[str, Any]:
+    """What `tiling.choose` asks besides the kernel, of a launch that is given `shared`."""
+    return {
+        "dtype": dtype,
+        "D": shared["D"],
+        "I": shared["I"],
+        "J": shared["J"],
+        "precision": shared["PRECISION"],
+        "H": shared["H"],
+        "mask": shared["KEY_TERM"] != "none",
+        "bias": shared["HAS_BIAS"],
+        "device": device,
+    }
+
+
 def shared(
     q: Tensor,
     k: Tensor,
@@ -83,7 +99,10 @@ def shared(
     fill: float,
     key_term_first: bool,
 ) -> dict[str, Any]:
-    """What every kernel takes besides tensors, by name; the bias is the one the kernels read."""
+    """What every kernel takes besides tensors, by name; the bias is the one the kernels read.
+
+    All but what depends on addresses or a tile: a program exported for any size has neither.
+    """
     _, R, I, H, D = q.shape
     key = key_bias if key_mask is None else key_mask
     return {
@@ -105,5 +124,4 @@ def shared(
         "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
         "KEY_TERM_FIRST": key_term_first,
         "PRECISION": dot_precision(q.dtype, D),
-        "ALIGNED": all(map(rows_are_aligned, (q, k, v))),
     }

@@ -444,7 +444,7 @@ class _Plan:
         key_term_first: bool,
         needs_dbias: bool,
     ) -> None:
-        B, R, I, H, D = q.shape
+        B, R, I, H, _ = q.shape
         J = k.shape[2]
         self.terms_shape = (B, R, H, 2, I)
         self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
@@ -452,29 +452,18 @@ class _Plan:
         self.is_empty = 0 in (B, R, I, H, J)
         if self.is_empty:
             return
-        self.aligned = None if bias is None else AlignedRows(bias)
-        rows = None if self.aligned is None or bias is None else self.aligned(bias)
-        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
+        self.aligned = AlignedRows(bias)
+        shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         shared |= {
             **arguments.strides("do", grad_out, "brihd"),
             "B": B,
-            "ALIGNED": shared["ALIGNED"] and arguments.rows_are_aligned(grad_out),
+            "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
         }
-        kind = (
-            q.dtype,
-            D,
-            I,
-            J,
-            shared["PRECISION"],
-            H,
-            shared["KEY_TERM"] != "none",
-            bias is not None,
-            q.get_device(),
-        )
-        tile = tiling.dq_tile(*kind)
+        kind = arguments.kind(shared, q.dtype, q.get_device())
+        tile = tiling.choose("dq", **kind)
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
         self.dq = Launch(_triangle_attention_bwd_dq, programs, shared | arguments.evenness(I, J, tile), tile)
-        tile = tiling.dkdv_tile(*kind)
+        tile = tiling.choose("dkdv", **kind)
         programs = B * R * H * triton.cdiv(J, tile.BLOCK_J)
         self.dkdv = Launch(_triangle_attention_bwd_dkdv, programs, shared | arguments.evenness(I, J, tile), tile)
 
@@ -482,7 +471,7 @@ class _Plan:
         self.sum: Launch | None = None
         if self.dbias_shape == (0,):
             return
-        tile = tiling.dbias_tile(*kind)
+        tile = tiling.choose("dbias", **kind)
         programs = B * H * triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
         grouped = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, grouped)
@@ -534,8 +523,7 @@ def launch(
     terms = torch.empty(plan.terms_shape, dtype=torch.float32, device=q.device)
     out, row_max, row_sum = out.contiguous(), row_max.contiguous(), row_sum.contiguous()
     with on_device_of(q):
-        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
-        read = (q, k, v, rows, key_bias if key_mask is None else key_mask, grad_out)
+        read = (q, k, v, plan.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
         plan.dq(*read, out, row_max, row_sum, terms, dq)
         plan.dkdv(*read, row_max, terms, dk, dv)
         if plan.sum is not None and plan.dbias is not None:

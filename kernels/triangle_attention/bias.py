@@ -42,20 +42,20 @@ def _triangle_attention_bias_rows(
 
 
 class AlignedRows:
-    """Copies a bias of one shape and layout, unless it can be read as it lies."""
+    """Copies a bias of one shape and layout, unless it can be read as it lies or there is none."""
 
-    def __init__(self, bias: Tensor) -> None:
-        B, H, I, J = bias.shape
+    def __init__(self, bias: Tensor | None) -> None:
         self._copy: Launch | None = None
-        if not arguments.bias_is_aligned(bias):
+        if bias is not None and not arguments.bias_is_aligned(bias):
+            B, H, I, J = bias.shape
             self._shape = (B, H, I, J + -J % 16)
             sizes = {"H": H, "I": I, "J": J, "J_bias": self._shape[3]}
             programs = B * H * I * triton.cdiv(self._shape[3], _TILE.BLOCK_J)
             given = arguments.strides("bias_", bias, "bhij")
             self._copy = Launch(_triangle_attention_bias_rows, programs, {**given, **sizes}, _TILE)
 
-    def __call__(self, bias: Tensor) -> Tensor:
-        if self._copy is None:
+    def __call__(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or self._copy is None:
             return bias
         rows = torch.empty(self._shape, dtype=bias.dtype, device=bias.device)
         self._copy(bias, rows)

@@ -172,23 +172,12 @@ class _Plan:
         self.is_empty = self.has_no_keys or 0 in self.out_shape
         if self.is_empty:
             return
-        self.aligned = None if bias is None else AlignedRows(bias)
-        rows = None if self.aligned is None or bias is None else self.aligned(bias)
-        shared = arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first)
-        kind = (
-            q.dtype,
-            D,
-            I,
-            J,
-            shared["PRECISION"],
-            H,
-            shared["KEY_TERM"] != "none",
-            bias is not None,
-            q.get_device(),
-        )
-        tile = tiling.forward_tile(*kind)
+        self.aligned = AlignedRows(bias)
+        shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
+        tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
-        self.run = Launch(_triangle_attention_fwd, programs, shared | arguments.evenness(I, J, tile), tile)
+        shared |= {"ALIGNED": arguments.rows_are_aligned(q, k, v), **arguments.evenness(I, J, tile)}
+        self.run = Launch(_triangle_attention_fwd, programs, shared, tile)
 
 
 _plans: Plans[_Plan] = Plans()
@@ -221,6 +210,6 @@ def launch(
             return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
         return out, row_max, row_sum
     with on_device_of(q):
-        rows = bias if bias is None or plan.aligned is None else plan.aligned(bias)
-        plan.run(q, k, v, rows, key_bias if key_mask is None else key_mask, out, row_max, row_sum)
+        key_term = key_bias if key_mask is None else key_mask
+        plan.run(q, k, v, plan.aligned(bias), key_term, out, row_max, row_sum)
     return out, row_max, row_sum

@@ -18,8 +18,8 @@ from torch.library import triton_op, wrap_triton
 from trifast_inductor.kernels.triangle_attention import arguments, tiling, validation
 from trifast_inductor.kernels.triangle_attention.forward import _triangle_attention_fwd
 
-# Longer than any tile, so that the tile of a size that is not known is not clipped to it.
-_UNKNOWN = 1 << 16
+# Stands for a size that is not known: no tile is clipped to it, and none fits it evenly.
+_UNKNOWN = (1 << 16) + 1
 
 
 @triton_op("trifast_inductor::packaged_triangle_attention", mutates_args={})
@@ -45,39 +45,24 @@ def packaged_triangle_attention(
     row_max = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
     row_sum = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
     bias = None if bias is None else _with_aligned_rows(bias)
-    key = key_bias if key_mask is None else key_mask.to(torch.uint8)
-    precision = arguments.dot_precision(q.dtype, D)
-    tile = tiling.forward_tile(q.dtype, D, _known(I), _known(J), precision)
+    if key_mask is None:
+        fill = 0.0  # not read, and might be infinite
+    else:
+        key_mask = key_mask.to(torch.uint8)
+    given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    tile = tiling.choose("forward", q.dtype, D, _known(I), _known(J), given["PRECISION"])
     values = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "bias_ptr": bias,
-        "key_ptr": key,
+        "key_ptr": key_bias if key_mask is None else key_mask,
         "out_ptr": out,
         "row_max_ptr": row_max,
         "row_sum_ptr": row_sum,
-        **arguments.strides("q", q, "brihd"),
-        **arguments.strides("k", k, "brjhd"),
-        **arguments.strides("v", v, "brjhd"),
-        **arguments.strides("bias_", bias, "bhij"),
-        **arguments.strides("key_", key, "brj"),
-        "R": R,
-        "H": H,
-        "I": I,
-        "J": J,
-        "J_bias": 0 if bias is None else bias.shape[3],
-        "scale": scale,
-        "fill": 0.0 if key_mask is None else fill,
-        "D": D,
-        "BLOCK_D": arguments.padded_head(D),
-        "HAS_BIAS": bias is not None,
-        "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
-        "KEY_TERM_FIRST": key_term_first,
-        "PRECISION": precision,
+        **given,
         "ALIGNED": False,
-        "EVEN_I": isinstance(I, int) and I % tile.BLOCK_I == 0,
-        "EVEN_J": isinstance(J, int) and J % tile.BLOCK_J == 0,
+        **arguments.evenness(_known(I), _known(J), tile),
     }
     programs = B * R * H * ((I + tile.BLOCK_I - 1) // tile.BLOCK_I)
     wrap_triton(_triangle_attention_fwd)[(programs,)](**values, **vars(tile))

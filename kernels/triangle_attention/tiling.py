@@ -117,74 +117,6 @@ _DBIAS: _Table = {
 }
 
 
-def forward_tile(
-    dtype: torch.dtype,
-    D: int,
-    I: int,
-    J: int,
-    precision: str,
-    H: int = 1,
-    mask: bool = False,
-    bias: bool = True,
-    device: int = -1,
-) -> Tile:
-    """Tile of `_triangle_attention_fwd`.
-
-    Args:
-        precision: `arguments.dot_precision(dtype, D)`.
-        mask: whether there is a key term.
-        device: `Tensor.get_device()`; what has been tuned there goes before the shipped table.
-
-    All of it holds for the functions below.
-    """
-    return _choose("forward", dtype, D, I, J, precision, H, mask, bias, device)
-
-
-def dq_tile(
-    dtype: torch.dtype,
-    D: int,
-    I: int,
-    J: int,
-    precision: str,
-    H: int = 1,
-    mask: bool = False,
-    bias: bool = True,
-    device: int = -1,
-) -> Tile:
-    """Tile of `_triangle_attention_bwd_dq`."""
-    return _choose("dq", dtype, D, I, J, precision, H, mask, bias, device)
-
-
-def dkdv_tile(
-    dtype: torch.dtype,
-    D: int,
-    I: int,
-    J: int,
-    precision: str,
-    H: int = 1,
-    mask: bool = False,
-    bias: bool = True,
-    device: int = -1,
-) -> Tile:
-    """Tile of `_triangle_attention_bwd_dkdv`."""
-    return _choose("dkdv", dtype, D, I, J, precision, H, mask, bias, device)
-
-
-def dbias_tile(
-    dtype: torch.dtype,
-    D: int,
-    I: int,
-    J: int,
-    precision: str,
-    H: int = 1,
-    mask: bool = False,
-    bias: bool = True,
-    device: int = -1,
-) -> Tile:
-    """Tile of `_triangle_attention_bwd_dbias`."""
-    return _choose("dbias", dtype, D, I, J, precision, H, mask, bias, device)
-
-
 _SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
 
 # 16 bits and D <= 32, from these lengths on. Alone, at N=512 and N=256:
@@ -192,6 +124,31 @@ _LONG = {
     "dq": (384, Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
     "dbias": (256, Tile(64, 64, 4, 3)),  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
 }
+
+
+def choose(
+    kernel: str,
+    dtype: torch.dtype,
+    D: int,
+    I: int,
+    J: int,
+    precision: str,
+    H: int = 1,
+    mask: bool = False,
+    bias: bool = True,
+    device: int = -1,
+) -> Tile:
+    """Tile of one launch: what has been tuned on the device goes before the shipped table.
+
+    Args:
+        kernel: one of `tuning.KERNELS`.
+        precision: `arguments.dot_precision(dtype, D)`.
+        mask: whether there is a key term.
+        device: `Tensor.get_device()`; -1 for the shipped table alone.
+    """
+    sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
+    tile = heuristic(kernel, dtype, D, precision, min(I, J)) if sizes is None else Tile(**sizes)
+    return replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
 
 
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
@@ -211,23 +168,6 @@ def dbias_groups(R: int, programs: int) -> int:
     """
     shortest = 16 if programs < 64 else 40
     return max(1, min(R // shortest, -(-1536 // programs)))
-
-
-def _choose(
-    kernel: str,
-    dtype: torch.dtype,
-    D: int,
-    I: int,
-    J: int,
-    precision: str,
-    H: int,
-    mask: bool,
-    bias: bool,
-    device: int,
-) -> Tile:
-    sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
-    tile = heuristic(kernel, dtype, D, precision, min(I, J)) if sizes is None else Tile(**sizes)
-    return replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
 
 
 def _clip(block: int, length: int) -> int:

@@ -1,12 +1,15 @@
 """The command from end to end on a CPU, without compiling anything."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trifast_inductor import tables
 from trifast_inductor.__main__ import main
-from trifast_inductor.bench.measure import Row
+from trifast_inductor.bench import command
+from trifast_inductor.bench.measure import Row, measure
 
 QUICK = ["bench", "--n", "4,8", "--d", "8", "--h", "2", "--dtype", "float32", "--seconds", "0.001", "--device", "cpu"]
 
@@ -30,6 +33,18 @@ def test_results_land_in_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["bench", "--from-csv", str(tmp_path / "attention.csv"), "--out", str(tmp_path / "again")]) == 0
     assert len(list((tmp_path / "again").glob("*.png"))) == 4
     assert (tmp_path / "again" / "attention.md").read_text() == text
+
+
+def test_tables_show_what_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a time that the file rounds to another third digit; seen as a failure of the test above."""
+
+    def measured(*arguments: Any) -> Row:
+        return dataclasses.replace(measure(*arguments), forward_call_ms=0.298504)
+
+    monkeypatch.setattr(command, "measure", measured)
+    assert f"{0.298504:.3g}" != f"{float(f'{0.298504:.5g}'):.3g}"
+    assert main([*QUICK, "--peers", "ours", "--no-errors", "--out", str(tmp_path)]) == 0
+    assert " 0.298 " in (tmp_path / "attention.md").read_text()
 
 
 def test_a_spent_budget_leaves_notes(tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from trifast_inductor.kernels.triangle_attention import tiling
-
-CHOICES = [tiling.forward_tile, tiling.dq_tile, tiling.dkdv_tile, tiling.dbias_tile]
+from trifast_inductor.kernels.triangle_attention import tiling, tuning
 
 
-@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [
@@ -20,11 +18,11 @@ CHOICES = [tiling.forward_tile, tiling.dq_tile, tiling.dkdv_tile, tiling.dbias_t
     ],
 )
 @pytest.mark.parametrize("D", [1, 8, 32, 33, 64, 65, 96, 128])
-def test_blocks_suit_a_dot_and_the_lengths(choose, dtype, precision, D):
+def test_blocks_suit_a_dot_and_the_lengths(kernel, dtype, precision, D):
     if precision == "3xtf32" and D > 64:
         pytest.skip("not used: see arguments.dot_precision")
     for I, J in ((1, 1), (17, 300), (300, 17), (64, 64), (4096, 4096)):
-        tile = choose(dtype, D, I, J, precision)
+        tile = tiling.choose(kernel, dtype, D, I, J, precision)
         for block, length in ((tile.BLOCK_I, I), (tile.BLOCK_J, J)):
             assert block >= 16
             assert block & (block - 1) == 0

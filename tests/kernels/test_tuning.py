@@ -30,7 +30,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def chosen(N: int = 512, H: int = 4, mask: bool = True, device: int = 0) -> tiling.Tile:
-    return tiling.forward_tile(torch.bfloat16, 32, N, N, "ieee", H, mask, True, device)
+    return tiling.choose("forward", torch.bfloat16, 32, N, N, "ieee", H, mask, True, device)
 
 
 def test_untuned_means_the_shipped_tile_and_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,12 +44,12 @@ def test_a_stored_tile_serves_its_bucket_only() -> None:
     tuned = tiling.Tile(**SIZES)
     assert [chosen(N) for N in (256, 257, 512, 513)] == [shipped, tuned, tuned, shipped]
     assert chosen(H=8) == chosen(mask=False) == chosen(device=-1) == shipped
-    assert tiling.dq_tile(torch.bfloat16, 32, 512, 512, "ieee", 4, True, True, 0) != tuned
+    assert tiling.choose("dq", torch.bfloat16, 32, 512, 512, "ieee", 4, True, True, 0) != tuned
 
 
 def test_blocks_are_still_clipped_to_the_axes() -> None:
     tuning.use(0, KEY, SIZES)
-    assert tiling.forward_tile(torch.bfloat16, 32, 40, 512, "ieee", 4, True, True, 0).BLOCK_I == 64
+    assert tiling.choose("forward", torch.bfloat16, 32, 40, 512, "ieee", 4, True, True, 0).BLOCK_I == 64
 
 
 def test_who_keeps_tiles_is_told_to_drop_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_forced_the_first_call_searches_and_stores(monkeypatch: pytest.MonkeyPat
 
     def search(device: int, key: Key) -> Outcome:
         searched.append(key)
-        assert chosen(N=64) == tiling.forward_tile(torch.bfloat16, 32, 64, 64, "ieee"), "a search within a search"
+        assert chosen(N=64) == tiling.choose("forward", torch.bfloat16, 32, 64, 64, "ieee"), "a search within a search"
         tuning.use(device, key, SIZES)
         return Outcome(key, SIZES, 1.0, SIZES, 2.0, 3)
 

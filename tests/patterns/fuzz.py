@@ -23,8 +23,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trifast_inductor.report import Row
-from trifast_inductor.rewrite import rewrite_all
+from trifast_inductor.explain import Looked
 
 from .mutations import MUTATIONS, Mutated
 from .spellings import inputs
@@ -121,28 +120,22 @@ def outcome(case: Case) -> tuple[str, str]:
     if "-inf" in case.recipe.mask or case.recipe.softmax in LOSSY_SOFTMAXES:
         mask[..., :1] = True
         mask[:, :1] = True
-    by_compile: dict[object, list[Row]] = {}  # an attempt that Dynamo starts over replaces the one before
-
-    def rewriting(gm, example_inputs):
-        by_compile[torch._guards.CompileContext.current_compile_id()] = rewrite_all(gm)
-        # Every tenth also goes through AOTAutograd, which drops the old chain.
-        return torch._dynamo.lookup_backend("aot_eager" if case.seed % 10 == 0 else "eager")(gm, example_inputs)
-
+    # Every tenth also goes through AOTAutograd, which drops the old chain.
+    looked = Looked("aot_eager" if case.seed % 10 == 0 else "eager")
     expected = results(copy.deepcopy(model), x, mask, case)
     try:
-        actual = results(torch.compile(model, backend=rewriting, dynamic=case.dynamic), x, mask, case)
+        actual = results(torch.compile(model, backend=looked, dynamic=case.dynamic), x, mask, case)
     except Exception:
         return "crashed", traceback.format_exc(limit=-3)
     off = {name: _distance(actual[name], want) for name, want in expected.items()}
-    rows = [row for found in by_compile.values() for row in found]
-    was_rewritten = sum(row.rewritten for row in rows)
+    was_rewritten = sum(row.rewritten for row in looked.rows)
     wrong = {name: distance for name, distance in off.items() if not distance < TOLERANCE}
     if wrong:
         return "wrong", f"rewritten {was_rewritten}, off by {wrong}"
     if case.mutation is not None:
         return ("mutated and right" if was_rewritten else "declined rightly"), ""
     if was_rewritten != 1:
-        return "missed", "; ".join(row.message for row in rows)
+        return "missed", "; ".join(row.message for row in looked.rows)
     return "rewritten", ""
 
 

@@ -1,13 +1,29 @@
-"""Graphs as `torch.compile` hands them over, and a short text of what in them still matters."""
+"""Graphs as `torch.compile` hands them over: rewritten and run, or as a short text of what in them still matters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from trifast_inductor.patterns.canonical import example_of
+from trifast_inductor.patterns.nodes import example_of
+from trifast_inductor.rewrite import rewrite_all
+
+
+def rewriting(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend: the pass, then AOTAutograd without code generation: what the rewrite means, quickly."""
+    rewrite_all(gm)
+    return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+
+def gradients(model: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of the first input and of all parameters that have one."""
+    first = inputs[0].clone().requires_grad_()
+    out = model(first, *inputs[1:])
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    found = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
+    return {"out": out.detach(), "input": first.grad, **{n: g for n, g in found.items() if g is not None}}
 
 
 def captured(model: Callable[..., Any], *args: Any, **options: Any) -> fx.GraphModule:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from trifast_inductor.patterns.site import NOT_OURS, Reason
+from trifast_inductor.patterns.site import Reason
+from trifast_inductor.tables import markdown
 
 from .mutations import MUTATIONS
 from .near_misses import NEAR_MISSES
@@ -69,7 +70,7 @@ def render() -> str:
     parts += [table(("mutation", "what it does"), [(m.__name__, first_line(m)) for m in MUTATIONS])]
     parts += ["## Reasons, and what to do\n"]
     reasons = [
-        (f"`{reason.slug}`", reason.sentence, reason.way_out, "no" if reason in NOT_OURS else "yes")
+        (f"`{reason.slug}`", reason.sentence, reason.way_out, "yes" if reason.looks_like_attention else "no")
         for reason in Reason
     ]
     parts += [table(("reason", "what it says", "what to do", "counted as declined"), reasons)]
@@ -89,8 +90,7 @@ def _yes(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return markdown(header, ([cell.replace("|", "\\|") for cell in row] for row in rows)) + "\n"
 
 
 if __name__ == "__main__":

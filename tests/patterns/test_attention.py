@@ -9,24 +9,10 @@ from torch._dynamo.utils import counters
 
 import trifast_inductor
 from trifast_inductor.patterns.site import Reason
-from trifast_inductor.rewrite import rewrite_all
 
+from .graphs import gradients, rewriting
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import SPELLINGS, Projections, inputs
-
-
-def rewriting(gm, example_inputs):
-    """The pass, then AOTAutograd without code generation: what the rewrite means, quickly."""
-    rewrite_all(gm)
-    return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
-
-
-def gradients(model: torch.nn.Module, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_()
-    out = model(x, mask)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    (out * weight).sum().backward()
-    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 import trifast_inductor
 from trifast_inductor.errors import DeclinedError
 from trifast_inductor.kernels.triangle_attention import validation
-from trifast_inductor.patterns import axes, canonical, terms
+from trifast_inductor.patterns import axes, canonical, recording, terms
 from trifast_inductor.patterns.site import Declined, Operand, Reason
 
 from .near_misses import NEAR_MISSES, Softclamp
@@ -64,7 +64,7 @@ def test_undecided_sizes() -> None:
 
     found = reasons(CutByData(), *inputs(CutByData), capture_scalar_outputs=True)
     assert found <= {"undecided-sizes", ""}
-    value = canonical.Value(torch.empty(C, H), None, 0)
+    value = recording.Value(torch.empty(C, H), None, 0)
     operand = Operand(value, axes.fresh_labels(value))
     with pytest.raises(Declined) as declined:
         terms.without_copies(operand, known=())

@@ -4,19 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
 
+from .graphs import gradients, rewriting
 from .relatives import RELATIVES, Relative
-from .test_attention import rewriting
-
-
-def gradients(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    first = inputs[0].clone().requires_grad_()
-    out = model(first, *inputs[1:])
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
-    found = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()}
-    return {"out": out.detach(), "first input": first.grad, **{n: g for n, g in found.items() if g is not None}}
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -27,8 +18,8 @@ def test_relative_is_rewritten_and_agrees(relative: type[Relative], dynamic: boo
     torch.manual_seed(0)
     model = relative().double()
     inputs = relative.example(2, 12, torch.float64)
-    expected = gradients(copy.deepcopy(model), inputs)
-    actual = gradients(torch.compile(model, backend=rewriting, dynamic=dynamic), inputs)
+    expected = gradients(copy.deepcopy(model), *inputs)
+    actual = gradients(torch.compile(model, backend=rewriting, dynamic=dynamic), *inputs)
     assert counters["trifast"] == {"rewritten": relative.rewrites}
     for name, value in expected.items():
         near = relative.tolerance

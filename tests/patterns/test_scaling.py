@@ -9,7 +9,7 @@ from trifast_inductor.kernels.triangle_attention import op
 from trifast_inductor.patterns.site import Reason
 from trifast_inductor.rewrite import rewrite
 
-from .graphs import captured
+from .graphs import captured, rewriting
 from .near_misses import NearMiss
 from .spellings import D, inputs
 
@@ -103,12 +103,6 @@ def test_scale_is_folded_only_where_nothing_else_sees_it(case: type[Scaled], exp
         assert row.rewritten
         assert scale_of(gm.graph) == pytest.approx(expected)
         torch._dynamo.reset()
-
-        def rewriting(gm, example_inputs):
-            rewrite(gm.graph)
-            gm.recompile()
-            return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
-
         got = torch.compile(model, backend=rewriting)(x, mask)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 

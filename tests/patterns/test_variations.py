@@ -11,9 +11,9 @@ import trifast_inductor
 from trifast_inductor.testing import assert_within_budget
 
 from .fuzz import Case, outcome
+from .graphs import rewriting
 from .mutations import MUTATIONS, Mutated
 from .spellings import inputs
-from .test_attention import rewriting
 from .variations import Composed, Recipe, each_choice
 
 

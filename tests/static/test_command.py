@@ -9,7 +9,7 @@ from trifast_inductor.__main__ import main
 from trifast_inductor.static import command
 from trifast_inductor.static.figures import Figures, Variant, triton_version
 
-ROW = Figures("3.9", 90, "kernel", "bfloat16", 32, 512, "add", True, "64x32 w4 s3", 100, 0, 0, 36.0, 16.0)
+ROW = Figures("3.9", "sm_90", "kernel", "bfloat16", 32, 512, "add", True, "64x32 w4 s3", 100, 0, 0, 36.0, 16.0)
 
 
 @pytest.fixture
@@ -62,13 +62,13 @@ def test_an_update_keeps_the_rows_of_other_versions(rows: list[Figures], tmp_pat
 
 
 def test_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Variant, int]] = []
+    asked: list[tuple[Variant, str]] = []
     monkeypatch.setattr(command, "figures", lambda variant, arch: asked.append((variant, arch)) or [])
-    main(["inspect", "--arch", "80,90", "--dtype", "all", "--key-term", "all", "--bias", "both", "--d", "16,32"])
+    main(["inspect", "--arch", "sm_80,gfx942", "--dtype", "all", "--key-term", "all", "--bias", "both", "--d", "16,32"])
     assert len(set(asked)) == len(asked) == 2 * 4 * 3 * 2 * 2
 
 
-@pytest.mark.parametrize("wrong", [["--arch", "75"], ["--dtype", "int8"], ["--d", "x"], ["--key-term", "maybe"]])
+@pytest.mark.parametrize("wrong", [["--arch", "sm_75"], ["--dtype", "int8"], ["--d", "x"], ["--key-term", "maybe"]])
 def test_bad_options_are_refused(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["inspect", *wrong])

@@ -20,7 +20,7 @@ def _fill(x_ptr, value, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
 
 def test_by_name_and_by_position_and_again() -> None:
     x = torch.zeros(16, 32, dtype=torch.int32)
-    with launches_for(80) as launches:
+    with launches_for("sm_80") as launches:
         _fill[(1,)](x_ptr=x, value=3, BLOCK_I=16, BLOCK_J=32, num_warps=1)
         compiled = _fill[(1,)](x, 3, 16, 32, num_warps=2)
         compiled[(1,)](x.data_ptr(), 3)
@@ -37,7 +37,7 @@ def test_nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_listeners", [lambda: dropped.append("plans")])
     driver = triton.runtime.driver
     before = (triton.runtime.jit.JITFunction.run, driver._active, torch.cuda.get_device_capability)
-    with contextlib.suppress(KeyError), launches_for(80) as launches:
+    with contextlib.suppress(KeyError), launches_for("sm_80") as launches:
         assert torch.cuda.get_device_capability() == (8, 0)
         assert driver.active.get_current_target().arch == 80
         assert dropped == ["plans"]

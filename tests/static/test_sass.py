@@ -33,7 +33,7 @@ def test_the_innermost_loop_with_the_most_products_and_exponentials() -> None:
     code = parse(TEXT)
     names = [instruction.name for instruction in code.hot_loop]
     assert names == ["HGMMA.64x32x16.F32.BF16", "MUFU.EX2", "MUFU.EX2", "FFMA", "LDL", "BRA"]
-    assert code.count("MUFU.EX2") == 2
+    assert code.exponentials == 2
 
 
 def test_resources_and_spills() -> None:

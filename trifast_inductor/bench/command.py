@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from trifast_inductor import progress
 from trifast_inductor.bench import environment, module_command, plots, tables
 from trifast_inductor.bench.accuracy import Exact, exact_fits
 from trifast_inductor.bench.case import DTYPES, LAYOUTS, Case
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = arguments.out or Path("docs/benchmarks") / environment.directory_name(device)
     try:
         if arguments.from_csv is not None:
-            return _redraw(arguments.from_csv, directory)
+            _present(arguments.from_csv, directory, plot=True)
+            return 0
         arguments.n = arguments.n or lengths(arguments, device)
         if arguments.compile_only:
             return module_command.compile_only(arguments, device) if arguments.module else _compile(arguments, device)
@@ -65,22 +67,20 @@ def _run(arguments: argparse.Namespace, device: torch.device, header: dict[str, 
     clock = Clock(device, 0.05 if arguments.quick else arguments.seconds)
     deadline = time.monotonic() + arguments.budget
     rows: list[Row] = []
-    file = CsvFile(directory / f"{arguments.name}.csv", header, Row)
+    path = directory / f"{arguments.name}.csv"
+    file = CsvFile(path, header, Row)
     for case in cases(arguments):
         exact = Exact(case, device) if arguments.errors and exact_fits(case, device) else None
         for peer in peers:
             if time.monotonic() > deadline:
                 rows.append(row(case, peer.name, note="not run: the time budget is spent"))
             else:
-                _progress(f"{row(case, peer.name).group} N={case.N} {peer.name}")
+                progress.show(f"{row(case, peer.name).group} N={case.N} {peer.name}")
                 rows.append(measure(case, peer, device, clock, exact))
             file.add(rows[-1])
     file.close()
-    _progress("")
-    _write_tables(rows, header, directory / f"{arguments.name}.md")
-    if arguments.plot:
-        for path in plots.plot(rows, directory, header["device"]):
-            print(f"wrote {path}")
+    progress.show("")
+    _present(path, directory, plot=arguments.plot)
     return int(any(r.note.startswith("error") for r in rows if r.peer.startswith("ours")))
 
 
@@ -106,26 +106,18 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
         yield Case(N=N, D=D, H=H, B=B, dtype=DTYPES[dtype], mask=mask, layout=layout)
 
 
-def _redraw(source: Path, directory: Path) -> int:
-    """Tables and plots again, from a file of results."""
+def _present(source: Path, directory: Path, *, plot: bool) -> None:
+    """Tables and plots from a file of results: what it holds is rounded, and nothing else is shown anywhere."""
     header, rows = read_csv(source, Row)
-    _write_tables(rows, header, directory / f"{source.stem}.md")
-    for path in plots.plot(rows, directory, header.get("device", "")):
-        print(f"wrote {path}")
-    return 0
-
-
-def _write_tables(rows: Sequence[Row], header: dict[str, str], path: Path) -> None:
     text = tables.attention_tables(rows)
     print(f"\n{text}\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{source.stem}.md"
     path.write_text(f"{header_text(header)}\n\n{text}\n", encoding="utf-8")
-    print(f"wrote {path} and its CSV file")
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:79}", end="" if text else "\r", file=sys.stderr, flush=True)
+    print(f"wrote {path}")
+    if plot:
+        for picture in plots.plot(rows, directory, header.get("device", "")):
+            print(f"wrote {picture}")
 
 
 def _parser() -> argparse.ArgumentParser:

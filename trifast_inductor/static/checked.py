@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trifast_inductor.static.figures import Figures, Variant
+from trifast_inductor.static.figures import Figures, Variant, triton_version
+from trifast_inductor.static.targets import TARGETS
 
 # Patches of one Triton version reorder instructions; a kernel that truly grew shows by more than this.
 INSTRUCTIONS_TOLERANCE = 1.03
@@ -10,7 +11,7 @@ REGISTERS_TOLERANCE = 8
 SHARED_TOLERANCE_KIB = 1.0
 
 
-def checked_variants() -> list[tuple[Variant, int]]:
+def checked_variants() -> list[tuple[Variant, str]]:
     """A dozen seconds' worth: the usual shape on every architecture, and each other choice once on sm_90."""
     usual = Variant("bfloat16", 32, "add", bias=True)
     others = [
@@ -20,7 +21,9 @@ def checked_variants() -> list[tuple[Variant, int]]:
         Variant("bfloat16", 128, "add", bias=True),
         Variant("float32", 32, "add", bias=True),
     ]
-    return [*((usual, arch) for arch in (80, 89, 90, 100)), *((variant, 90) for variant in others)]
+    # Triton 3.6 fails on the dbias kernel for gfx942, in TritonAMDGPUConvertToBufferOps; 3.9 does not.
+    everywhere = [arch for arch in TARGETS if (arch, triton_version()) != ("gfx942", "3.6")]
+    return [*((usual, arch) for arch in everywhere), *((variant, "sm_90") for variant in others)]
 
 
 def faults(now: Figures, before: Figures) -> list[str]:
@@ -29,7 +32,7 @@ def faults(now: Figures, before: Figures) -> list[str]:
     if now.spills > before.spills:
         found.append(f"spills {now.spills} times, {before.spills} before")
     if not now.fits:
-        found.append(f"takes {now.shared_kib:g} KiB of shared memory, more than sm_{now.arch} has")
+        found.append(f"takes {now.shared_kib:g} KiB of shared memory, more than {now.arch} has")
     if now.registers > before.registers + REGISTERS_TOLERANCE:
         found.append(f"{now.registers} registers, {before.registers} before")
     if now.shared_kib > before.shared_kib + SHARED_TOLERANCE_KIB:

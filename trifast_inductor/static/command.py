@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from trifast_inductor import progress
 from trifast_inductor.options import integers, names
 from trifast_inductor.static.checked import checked_variants
 from trifast_inductor.static.figures import DTYPES, KEY_TERMS, Figures, Variant, figures, triton_version
-from trifast_inductor.static.recording import SHARED_LIMITS
+from trifast_inductor.static.targets import TARGETS
 from trifast_inductor.tables import CsvFile, markdown, read_csv
 
 _COLUMNS = ("arch", "kernel", "dtype", "D", "N", "key term", "bias", "tile")
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = checked_variants() if arguments.update else _grid(arguments)
     rows: list[Figures] = []
     for variant, arch in wanted:
-        if sys.stderr.isatty():
-            print(f"\r{f'sm_{arch} {variant}':79}", end="", file=sys.stderr, flush=True)
+        progress.show(f"{arch} {variant}")
         rows += figures(variant, arch)
+    progress.show("")
     print(table(rows))
     if arguments.update:
         _update(arguments.update, rows)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(rows: Sequence[Figures]) -> str:
     lines = [
         [
-            f"sm_{row.arch}",
+            row.arch,
             row.kernel,
             row.dtype,
             str(row.D),
@@ -82,11 +83,11 @@ def _update(path: Path, rows: Sequence[Figures]) -> None:
     file.close()
 
 
-def _grid(arguments: argparse.Namespace) -> Iterator[tuple[Variant, int]]:
+def _grid(arguments: argparse.Namespace) -> Iterator[tuple[Variant, str]]:
     biases = {"yes": (True,), "no": (False,), "both": (True, False)}[arguments.bias]
     axes = (arguments.arch, arguments.dtype, arguments.d, arguments.key_term, biases, arguments.n)
     for arch, dtype, D, key_term, bias, N in itertools.product(*axes):
-        yield Variant(dtype, D, key_term, bias, N), int(arch)
+        yield Variant(dtype, D, key_term, bias, N), arch
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--arch",
-        type=names([str(arch) for arch in SHARED_LIMITS]),
-        default=["90"],
-        help="80, 89, 90 (the default), 100",
+        type=names(list(TARGETS)),
+        default=["sm_90"],
+        help=f"{', '.join(TARGETS)} or all; sm_90 by default",
     )
     add("--dtype", type=names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)}, or all")
     add("--d", type=integers, default=[32], help="head size")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trifast_inductor.static.recording import SHARED_LIMITS, Launch, launches_for
-from trifast_inductor.static.sass import disassemble
+from trifast_inductor.static import amdgcn, sass
+from trifast_inductor.static.recording import Launch, launches_for
+from trifast_inductor.static.targets import TARGETS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 KEY_TERMS = ("none", "add", "select")
@@ -33,7 +34,7 @@ class Figures:
     """A row of the table. `instructions_per_score` is None where a kernel has no tile of scores."""
 
     triton: str  # major.minor: another compiler makes other code
-    arch: int
+    arch: str  # one of `TARGETS`
     kernel: str
     dtype: str
     D: int
@@ -53,10 +54,10 @@ class Figures:
 
     @property
     def fits(self) -> bool:
-        return self.shared_kib <= SHARED_LIMITS[self.arch]
+        return self.shared_kib <= TARGETS[self.arch].shared_kib
 
 
-def figures(variant: Variant, arch: int) -> list[Figures]:
+def figures(variant: Variant, arch: str) -> list[Figures]:
     """Compile the forward's and the backward's kernels; some seconds, less where Triton has them cached."""
     with launches_for(arch) as launches, _precision(variant.dtype):
         _launch(variant)
@@ -70,19 +71,19 @@ def triton_version() -> str:
 
 
 def _figures_of(launch: Launch, variant: Variant) -> Figures:
-    code = disassemble(launch.compiled.asm["cubin"])
-    metadata = launch.compiled.metadata
+    asm, metadata = launch.compiled.asm, launch.compiled.metadata
+    code = sass.disassemble(asm["cubin"]) if "cubin" in asm else amdgcn.parse(asm["amdgcn"])
     # A kernel without blocks of both kinds, such as one that prepares an input, has no scores: 0.
     blocks = [int(launch.constants.get(name, 0)) for name in ("BLOCK_I", "BLOCK_J")]
     per_score = None
     if code.hot_loop and all(blocks):
-        a_thread = blocks[0] * blocks[1] / (32 * metadata.num_warps)
+        a_thread = blocks[0] * blocks[1] / (launch.target.threads * metadata.num_warps)
         # A loop may hold several tiles: each score costs one exponential.
-        tiles = max(1, round(code.count("MUFU.EX2") / a_thread))
+        tiles = max(1, round(code.exponentials / a_thread))
         per_score = round(len(code.hot_loop) / (a_thread * tiles), 2)
     return Figures(
         triton=triton_version(),
-        arch=launch.arch,
+        arch=launch.target.name,
         kernel=launch.name,
         dtype=variant.dtype,
         D=variant.D,

@@ -16,11 +16,7 @@ from unittest import mock
 import torch
 
 from trifast_inductor.kernels.triangle_attention import tuning
-
-# Multiprocessors of A100, L40S, H200, B200: a launcher may ask for their number.
-MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
-# KiB of shared memory that one program may have (CUDA C++ Programming Guide, "Compute Capabilities").
-SHARED_LIMITS = {80: 163, 89: 99, 90: 227, 100: 227}
+from trifast_inductor.static.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Launch:
     """A compiled kernel and the constants that it was launched with."""
 
     name: str
-    arch: int
+    target: Target
     compiled: Any
     constants: dict[str, Any]
 
@@ -36,18 +32,18 @@ class Launch:
 class _Driver:
     """What Triton asks the active driver for when it compiles."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self.arch = arch
-        self.target = GPUTarget("cuda", arch, 32)
+        self.target = GPUTarget(target.backend, target.arch, target.threads)
+        # Triton keeps compiled kernels by device, so each architecture is a device of its own, and no real one.
+        self.device = list(TARGETS).index(target.name) + 80
 
     def get_current_target(self) -> Any:
         return self.target
 
     def get_current_device(self) -> int:
-        # Triton keeps compiled kernels by device, so each architecture is a device of its own.
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -70,11 +66,12 @@ class _Unloaded:
 
 
 @contextmanager
-def launches_for(arch: int) -> Iterator[list[Launch]]:
-    """Every kernel launched inside is compiled for `sm_<arch>`, recorded and not run."""
+def launches_for(name: str) -> Iterator[list[Launch]]:
+    """Every kernel launched inside is compiled for one of `TARGETS`, recorded and not run."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    target = TARGETS[name]
     recorded: list[Launch] = []
     run = JITFunction.run
 
@@ -82,22 +79,21 @@ def launches_for(arch: int) -> Iterator[list[Launch]]:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         constants = {name: value for name, value in given.items() if isinstance(value, (int, str, bool))}
-        recorded.append(Launch(self.__name__.lstrip("_"), arch, compiled, constants))
+        recorded.append(Launch(self.__name__.lstrip("_"), target, compiled, constants))
         return _Unloaded(compiled)
 
-    capability = divmod(arch, 10)
     properties = SimpleNamespace(
-        major=capability[0],
-        minor=capability[1],
-        multi_processor_count=MULTIPROCESSORS[arch],
-        shared_memory_per_block_optin=SHARED_LIMITS[arch] * 1024,
+        major=target.capability[0],
+        minor=target.capability[1],
+        multi_processor_count=target.multiprocessors,
+        shared_memory_per_block_optin=target.shared_kib * 1024,
     )
     present = driver._active
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=capability))
+        patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=target.capability))
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
-        driver.set_active(_Driver(arch))
+        driver.set_active(_Driver(target))
         # What launchers keep from one call to the next is for one GPU.
         tuning.changed()
         try:
