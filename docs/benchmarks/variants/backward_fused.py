@@ -133,6 +133,8 @@ def _fused_dqkv(
     ATOMIC: tl.constexpr,  # add where the slice lies, by the one thread that ever does: in order all the same
 ):
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
+    # Without a key term the second loop is seldom more than one tile: copies ahead would only cost the first registers.
+    SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else None
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     # Rows innermost: programs that run together read the same bias.
     pid = tl.program_id(0)
@@ -173,7 +175,7 @@ def _fused_dqkv(
 
     factor = tl.cast(scale, tl.float32) * LOG2E
     nothing = tl.zeros([BLOCK_I * D], tl.float32)
-    for block in range(blocks_i):
+    for block in tl.range(blocks_i, num_stages=1):
         tl.store(slice_ptr + block * (BLOCK_I * D) + place, nothing)
 
     for first in range(0, J, BLOCK_J):
@@ -212,7 +214,7 @@ def _fused_dqkv(
                 tl.atomic_add(dq_ptrs, dq, sem="relaxed")
             else:
                 tl.store(dq_ptrs, so_far + dq)
-        for block in range(whole, last):
+        for block in tl.range(whole, last, num_stages=SLOW_STAGES):
             i_in_range = i < I - block * BLOCK_I
             dq_ptrs = slice_ptr + block * (BLOCK_I * D) + place
             q = _rows(q_ptr + block * BLOCK_I * tl.cast(stride_qi, tl.int64), i, stride_qi, i_in_range, D, False)
@@ -259,7 +261,7 @@ def _fused_dqkv(
             key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
 
     tl.debug_barrier()
-    for block in range(blocks_i):
+    for block in tl.range(blocks_i, num_stages=1):
         dq = _tile(tl.load(slice_ptr + block * (BLOCK_I * D) + place), BLOCK_I, D, WARPS)
         out_offset = ((row * I + block * BLOCK_I) * H + h) * D
         _store(dq_ptr + out_offset, dq * scale, i, H * D, i < I - block * BLOCK_I, D)

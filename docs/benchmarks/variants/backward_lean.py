@@ -369,6 +369,8 @@ def _lean_dkdv(
     WARPS: tl.constexpr,
 ):
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
+    # Without a key term the second loop is seldom more than one tile: copies ahead would only cost the first registers.
+    SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else None
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     blocks = tl.cdiv(J, BLOCK_J)
     b, r, h, block = program_place(blocks, R, H)
@@ -438,7 +440,7 @@ def _lean_dkdv(
         do_ptr += BLOCK_I * tl.cast(stride_doi, tl.int64)
         terms_ptr += 2 * BLOCK_I
 
-    for start in range(whole, last, BLOCK_I):
+    for start in tl.range(whole, last, BLOCK_I, num_stages=SLOW_STAGES):
         in_range = i < I - start
         q = _rows(q_after, i, stride_qi, in_range, D, False)
         do = _rows(do_after, i, stride_doi, in_range, D, False)
