@@ -9,14 +9,14 @@ within the error budget of `trifast_inductor.testing`. Prints one line a figure,
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,7 +61,16 @@ def variants() -> dict[str, Callable[..., tuple[Tensor, ...]]]:
         return gradients
 
     short = T(64, 64, 4, 1, 168)
-    package = {"package": backward.launch} if hasattr(backward, "lean") else {}
+
+    def in_package(*args: Any) -> tuple[Tensor, ...]:
+        """What the package would take in place of the portable kernels, at any size."""
+        backward._plans.clear()
+        with mock.patch.multiple(backward.lean, SHORTEST=1, FEWEST_PROGRAMS=1):
+            gradients = backward.launch(*args)
+        backward._plans.clear()
+        return gradients
+
+    package = {"package": in_package} if hasattr(backward, "lean") else {}
     return {
         "present": portable,
         "lean": lean.launch,
@@ -185,7 +194,7 @@ def compile_only(variant: str, settings: list[tuple[int, int, str, str]]) -> lis
     """What will be timed, on few rows; in a process of its own."""
     try:
         for setting in settings:
-            timed(variant, inputs(*setting, R=None if variant in PEERS else 2))()
+            timed(variant, inputs(*setting, R=None if variant in PEERS else 64))()
         torch.cuda.synchronize()
     except Exception:
         return [traceback.format_exc(limit=-2).replace("\n", " ")[-300:]]
@@ -311,43 +320,63 @@ def schedule() -> Iterator[tuple[tuple[int, int, str, str], list[str]]]:
         yield (N, 64, "none", "bfloat16"), best
 
 
+def compile_parts(name: str) -> list[list[tuple[int, int, str, str]]]:
+    """What one variant is timed on, in one part; for a peer, which takes long to compile, each apart."""
+    settings = [setting for setting, names in schedule() if name in names]
+    return [[setting] for setting in settings] if name in PEERS else [settings] if settings else []
+
+
+def in_process(name: str, part: str, seconds: float) -> list[str]:
+    """Faults of one job, in a process that may die."""
+    command = [sys.executable, __file__, "--job", name, part]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return [f"took more than {seconds:.0f} s"]
+    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("fault: ")]
+    if done.returncode and not found:
+        found = [f"ended with {done.returncode}: {done.stderr[-300:]!r}"]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=230.0)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--job", nargs=2, metavar=("VARIANT", "PART"), help="what the processes are started with")
     options = parser.parse_args()
     started = time.monotonic()
+    if options.job:
+        name, part = options.job
+        settings = compile_parts(name)
+        found = compile_only(name, settings[int(part[8:])]) if part.startswith("compile ") else check(name, part)
+        print("\n".join(f"fault: {fault}" for fault in found))
+        return
 
     def left() -> float:
         return options.seconds - (time.monotonic() - started)
 
-    settings: dict[str, list[tuple[int, int, str, str]]] = {}
-    for setting, names in schedule():
-        for name in names:
-            settings.setdefault(name, []).append(setting)
     jobs: dict[Any, tuple[str, str]] = {}
     wrong: set[str] = set()
     fatal: set[str] = set()  # would leave this process without its GPU
-    pool = ProcessPoolExecutor(1 if INTERPRETED else os.cpu_count(), get_context("spawn"), max_tasks_per_child=1)
-    for name in variants():
+    pool = ThreadPoolExecutor(1 if INTERPRETED else os.cpu_count())
+    for name in [*variants(), *PEERS]:
+        parts = check_parts() if name in CHECKED else ["tiles"]
+        if name in PEERS or name == "present":
+            parts = []
         if not options.check_only:
-            jobs[pool.submit(compile_only, name, settings[name])] = (name, "compile")
-        if name != "present":
-            for part in check_parts() if name in CHECKED else ["tiles"]:
-                jobs[pool.submit(check, name, part)] = (name, part)
-    if not options.check_only:
-        for name in PEERS:
-            for setting in settings.get(name, []):
-                jobs[pool.submit(compile_only, name, [setting])] = (name, f"compile {setting}")
+            parts = [*(f"compile {n}" for n in compile_parts(name)), *parts]
+        for part in parts:
+            jobs[pool.submit(in_process, name, part, 0.6 * options.seconds)] = (name, part)
     with suppress(TimeoutError):
         for job in as_completed(jobs, timeout=None if INTERPRETED else 0.6 * options.seconds):
             name, part = jobs[job]
-            found = [repr(job.exception())] if job.exception() else job.result()
+            found = job.result()
             for fault in found:
                 print(f"WRONG {name}, {part}: {fault}", flush=True)
             if found:
                 wrong.add(name)
-                if job.exception() or any("CUDA error" in fault or "illegal" in fault for fault in found):
+                if any(sign in fault for fault in found for sign in ("CUDA error", "illegal", "ended with")):
                     fatal.add(name)
             elif part in check_parts():
                 print(f"right {name}, {part}", flush=True)
@@ -378,3 +407,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # and wait for no job that hangs
