@@ -8,6 +8,8 @@ walks the rows. Nothing is added up across programs, but for dbias where its til
 of rows are then summed apart and added in order. The price: nine products where five would do.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
+
+The portable path. What `lean/` does not refuse is computed there, to the same definition.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -16,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     dot_of_tile,
@@ -408,27 +411,10 @@ def _triangle_attention_bwd_dbias(
     )
 
 
-@triton.jit
-def _triangle_attention_bwd_sum(
-    parts_ptr,  # [groups, count] contiguous, float32
-    sum_ptr,  # [count]
-    count: tl.int64,
-    groups,
-    BLOCK_J: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    total = tl.zeros([BLOCK_J], tl.float32)
-    for _ in range(groups):
-        total += tl.load(parts_ptr + place, mask=place < count, other=0.0)
-        parts_ptr += count
-    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < count)
-
-
-_SUM_TILE = tiling.Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
-
-
 class _Plan:
     """What `launch` decides from shapes, strides and dtypes alone."""
+
+    lean_plan: lean.Plan | None = None  # in place of the kernels of this file
 
     def __init__(
         self,
@@ -451,6 +437,10 @@ class _Plan:
         self.dbias_dtype = q.dtype if bias is None else bias.dtype
         self.is_empty = 0 in (B, R, I, H, J)
         if self.is_empty:
+            return
+        if lean.refusal(q, k, v, bias, grad_out) is None:
+            given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
+            self.lean_plan = lean.Plan(*given)
             return
         self.aligned = AlignedRows(bias)
         shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
@@ -479,9 +469,7 @@ class _Plan:
         self.dbias = Launch(_triangle_attention_bwd_dbias, groups * programs, shared | rest, tile)
         if groups > 1:
             self.parts_shape = (groups, *self.dbias_shape)
-            count = B * H * I * J
-            blocks = triton.cdiv(count, _SUM_TILE.BLOCK_J)
-            self.sum = Launch(_triangle_attention_bwd_sum, blocks, {"count": count, "groups": groups}, _SUM_TILE)
+            self.sum = sums.sum_of(B * H * I * J, groups)
 
 
 _plans: Plans[_Plan] = Plans()
@@ -512,6 +500,10 @@ def launch(
     signed = signature(grad_out, q, k, v, bias, key_bias, key_mask)
     key = (signed, numbers, float32_precision(q.dtype))
     plan = _plans.get(key) or _plans.add(key, _Plan(grad_out, q, k, v, bias, key_bias, key_mask, *numbers))
+    if plan.lean_plan is not None:
+        with on_device_of(q):
+            given = (grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask)
+            return plan.lean_plan(*given, *(t.contiguous() for t in (out, row_max, row_sum)))
     # Allocated dense: `empty_like` would keep the strides of an input.
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)

@@ -25,7 +25,7 @@ def test_kernels_under_the_interpreter():
     here = Path(__file__).parent
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors too small to share
     options = ["-m", "not gpu", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    files = [str(here / f"test_{name}.py") for name in ("forward", "backward", "launching")]
+    files = [str(here / f"test_{name}.py") for name in ("forward", "backward", "lean_backward", "launching")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
         cwd=here.parent.parent,

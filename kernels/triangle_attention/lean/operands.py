@@ -1,0 +1,64 @@
+"""Loads, stores and the terms of a query: what the kernels of this directory share.
+
+    p = exp2(scale·log2(e)·⟨q, k⟩ + (log2(e)·bias - L))     L = log2(e)·row_max + log2(row_sum)
+
+Two fused multiply-adds a logit, in tiles that are whole, have no key term and no huge query; the others take the form
+of `logits.probabilities`, in a second loop of the same kernel.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from trifast_inductor.kernels.triangle_attention.logits import LOG2E
+
+# |L| above which a query is huge: one fused multiply-add is off by the rounding of L, 2**-12 of p here.
+HUGE = tl.constexpr(4096.0)
+
+
+@triton.jit
+def load(ptr, row, step, in_range, D: tl.constexpr, WHOLE: tl.constexpr):
+    """`[rows, D]` of an operand whose rows start on 16 bytes; 32 bits suffice within a tile."""
+    d = tl.arange(0, D)
+    ptrs = ptr + ((row * step)[:, None] + d[None, :])
+    ptrs = tl.multiple_of(ptrs, (1, 16))
+    return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=in_range[:, None], other=0.0)
+
+
+@triton.jit
+def store(ptr, tile, row, step, in_range, D: tl.constexpr):
+    ptrs = ptr + ((row * step)[:, None] + tl.arange(0, D)[None, :])
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=in_range[:, None])
+
+
+@triton.jit
+def leave_terms(
+    do_ptr,
+    out_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    terms_ptr,
+    huge_ptr,
+    do,
+    i,
+    in_range,
+    H,
+    D: tl.constexpr,
+):
+    """L and δ of a block of queries, stored for the other kernels, and whether one is huge."""
+    out = load(out_ptr, i, H * D, in_range, D, False)
+    row_max = tl.load(row_max_ptr + i, mask=in_range, other=0.0)
+    log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=in_range, other=1.0))
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    logsum = row_max * LOG2E + log2_sum
+    huge = tl.max((tl.abs(logsum) > HUGE).to(tl.int32), 0)
+    tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
+    tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
+    tl.store(huge_ptr, huge)
+    return row_max, log2_sum, logsum, delta, huge
+
+
+@triton.jit
+def pair_of_terms(terms_ptr, BLOCK_I: tl.constexpr):
+    """L and δ of BLOCK_I queries; in one load, so that they are copied ahead and not by every thread for itself."""
+    return tl.split(tl.reshape(tl.load(terms_ptr + tl.arange(0, 2 * BLOCK_I)), [BLOCK_I, 2]))
