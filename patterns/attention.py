@@ -7,7 +7,6 @@ three are put together, and what must hold before anything is replaced is checke
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 
@@ -121,7 +120,7 @@ def _check(site: Site, reading: Reading) -> None:
 def _check_device(device: torch.device, dtype: torch.dtype) -> None:
     if device.type not in validation.DEVICE_TYPES:
         raise Declined(Reason.DEVICE, device.type)
-    if validation.needs_triton(device, dtype) and importlib.util.find_spec("triton") is None:
+    if validation.needs_triton(device, dtype) and not validation.triton_works():
         raise Declined(Reason.NO_TRITON)
 
 

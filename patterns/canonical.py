@@ -44,8 +44,10 @@ class _Rerun:
         self.roots: list[Value] = []
         self.bodies: list[fx.Graph] = []
         self.given_to_vmap: set[int] = set()
+        self.is_as_recorded = True
 
     def run(self) -> Reading:
+        self._look_for_changed_shapes(self.graph)
         outputs_of: dict[fx.Node, Value] = {}
         with nodes.autocast_left_as_found() as regions:
             for node in self.graph.nodes:
@@ -63,8 +65,13 @@ class _Rerun:
             recorder.ops, recorder.writes, outputs_of, self.env, self.unread, self.bodies, recorder.input_storages
         )
 
+    def _look_for_changed_shapes(self, graph: fx.Graph) -> None:
+        """A tensor that changes its shape in place was recorded with the shape that it has at the end."""
+        self.is_as_recorded &= not any(map(nodes.changes_shape_in_place, graph.nodes))
+
     def _through(self, node: fx.Node, body: fx.Graph) -> Any:
         """The results of a region, re-run node by node. None of its nodes stands for a value of the outer graph."""
+        self._look_for_changed_shapes(body)
         name = getattr(node.target, "__name__", "")
         arguments = fx.node.map_arg(node.args[nodes.BODY_AT[name] + 1 :], self.env.__getitem__)
         placeholders = [inner for inner in body.nodes if inner.op == "placeholder"]
@@ -92,11 +99,13 @@ class _Rerun:
         body = nodes.region_body(node)
         if body is None and not nodes.can_rerun(node):
             return self._unread(node)
-        if nodes.is_projection(node):
-            return self._as_recorded(node, nodes.OPAQUE[nodes.base_name(node)])
-        if nodes.base_name(node) == "matmul" and self._is_plain_product(node):
-            return self._as_recorded(node, torch.ops.aten.matmul.default)
+        whole = nodes.OPAQUE[nodes.base_name(node)] if nodes.is_projection(node) else None
+        known = whole or self._plain(node)
+        if known is not None and self.is_as_recorded and not self.recorder.knows(nodes.example_of(node)):
+            return self._as_recorded(node, known)
         try:
+            if whole is not None:
+                return self.recorder.run_whole(whole, *nodes.arguments(node, self.env))
             return nodes.call(node, self.env) if body is None else self._through(node, body)
         except Exception as error:
             log.debug("%s cannot be re-run and is taken as an input: %s", node, error)
@@ -105,17 +114,24 @@ class _Rerun:
     def _as_recorded(self, node: fx.Node, target: Any) -> Any:
         """The result that the tracer recorded; running these again, taken apart, is most of a reading."""
         result = nodes.example_of(node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+        args, kwargs = nodes.arguments(node, self.env)
         self.recorder.record(target, args, kwargs, result)
         return result
 
-    def _is_plain_product(self, node: fx.Node) -> bool:
-        """Two stacks of matrices in one dtype: neither a Linear in disguise nor cast by autocast."""
+    def _plain(self, node: fx.Node) -> Any:
+        """The ATen op that a node is, where neither autocast nor promotion changes a dtype."""
+        target = nodes.PLAIN.get(node.target)
+        if target is None or node.kwargs or len(node.args) > 2:  # torch.add(x, alpha, y) has a third
+            return None
         given = [self.env.get(argument) for argument in node.args if isinstance(argument, fx.Node)]
         tensors = [*given, nodes.example_of(node)]
-        if len(given) != 2 or node.kwargs or not all(isinstance(t, FakeTensor) for t in tensors):
-            return False
-        return all(t.dim() >= 3 and t.dtype == tensors[0].dtype for t in tensors)
+        if not isinstance(node.args[0], fx.Node) or not all(isinstance(t, FakeTensor) for t in tensors):
+            return None
+        if any(t.dtype != tensors[-1].dtype for t in tensors):
+            return None
+        if target is nodes.aten.matmul.default and any(t.dim() < 3 for t in tensors):  # a Linear in disguise
+            return None
+        return target
 
     def _input(self, node: fx.Node) -> Any:
         example = nodes.example_of(node)

@@ -64,8 +64,8 @@ class Lowering:
         """Copy the result into the memory order that eager gives it, for readers that depend on it."""
         result = self.result
         assert result is not None
-        eager = self.site.out.value.tensor
-        order = sorted(range(eager.dim()), key=lambda dim: eager.stride(dim), reverse=True)
+        eager = self.site.out.value.tensor.stride()
+        order = sorted(range(len(eager)), key=eager.__getitem__, reverse=True)
         readers = list(result.users)
         with self.graph.inserting_before(self.replaced):
             copy = self._call(aten.permute.default, result, order)
@@ -163,55 +163,62 @@ class Lowering:
         for cast in (*operand.casts, *([dtype] if dtype is not None else [])):
             if example_of(node).dtype != cast:
                 node = self._call(aten.to.dtype, node, cast)
-        node, atoms = self._one_axis_per_atom(node, operand.labels)
-        wanted = flat(*groups)
-        present = [atom for atom in wanted if atom in atoms]
-        if len(present) != len(atoms):
-            raise Declined(Reason.UNDECIDED_SIZES, "an axis has no role")
-        node = self._permuted(node, [atoms.index(atom) for atom in present])
-        missing = [position for position, atom in enumerate(wanted) if atom not in atoms]
-        for position in missing:
-            node = self._call(aten.unsqueeze.default, node, position)
-        if missing:
-            sizes = [self._size(atom.size) if atom not in atoms else -1 for atom in wanted]
-            node = self._call(aten.expand.default, node, sizes)
-        return self._grouped(node, groups)
+        return self._laid_out(node, operand.labels, groups)
 
     def _back(self, out: fx.Node) -> fx.Node:
         """From [B, R, I, H, D] to the axes of the result that is replaced."""
         roles = self.site.roles
-        groups = tuple(flat(label) for label in (roles.b, roles.r, roles.i, roles.h, roles.d))
-        node, atoms = self._one_axis_per_atom(out, groups)
-        wanted = flat(*self.site.out.labels)
-        if set(wanted) != set(atoms):
+        groups = (roles.b, roles.r, roles.i, roles.h, roles.d)
+        if set(flat(*self.site.out.labels)) != set(flat(*groups)):
             raise Declined(Reason.UNDECIDED_SIZES, "the result has other axes than the logits")
-        node = self._permuted(node, [atoms.index(atom) for atom in wanted])
-        node = self._grouped(node, self.site.out.labels)
+        node = self._laid_out(out, groups, self.site.out.labels)
         dtype = self.site.out.value.dtype
         return node if example_of(node).dtype == dtype else self._call(aten.to.dtype, node, dtype)
 
-    # Layout: every step is a view wherever memory allows it
+    def _laid_out(self, node: fx.Node, labels: Labels, groups: Sequence[Label]) -> fx.Node:
+        """Axes of the given labels as one axis a group, expanded over atoms they lack; views wherever memory allows.
 
-    def _one_axis_per_atom(self, node: fx.Node, labels: Labels) -> tuple[fx.Node, list[axes.Atom]]:
+        An axis of one element serves where one is wanted, so that most operands need a single node: every node
+        costs the compile as much as a node of the user's.
+        """
         labels = tuple(flat(label) for label in labels)
-        atoms = list(flat(*labels))
-        if any(len(label) > 1 for label in labels):
-            node = self._call(aten.view.default, node, [self._size(atom.size) for atom in atoms])
-        elif any(len(label) == 0 for label in labels):
-            ones = [dim for dim, label in enumerate(labels) if not label]
-            node = self._call(aten.squeeze.dims, node, ones)
-        return node, atoms
-
-    def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
-        return node if order == sorted(order) else self._call(aten.permute.default, node, order)
-
-    def _grouped(self, node: fx.Node, groups: Sequence[Label]) -> fx.Node:
         groups = [flat(group) for group in groups]
-        if any(len(group) > 1 for group in groups):
-            return self._call(aten.reshape.default, node, [self._extent_of(group) for group in groups])
-        for position, group in enumerate(groups):
-            if not group:
-                node = self._call(aten.unsqueeze.default, node, position)
+        if not set(flat(*labels)).issubset(flat(*groups)):
+            raise Declined(Reason.UNDECIDED_SIZES, "an axis has no role")
+        axes_now: list[axes.Atom | None] = [label[0] if label else None for label in labels]
+        if any(len(label) > 1 for label in labels):
+            axes_now = list(flat(*labels))
+            node = self._call(aten.view.default, node, [self._size(atom.size) for atom in flat(*labels)])
+        merges = any(len(group) > 1 for group in groups)
+        wanted = list(flat(*groups)) if merges else [group[0] if group else None for group in groups]
+        node = self._permuted(node, axes_now, wanted)
+        missing = {atom for atom in wanted if atom is not None and atom not in axes_now}
+        if missing:
+            node = self._call(
+                aten.expand.default, node, [self._size(atom.size) if atom in missing else -1 for atom in wanted]
+            )
+        return self._call(aten.reshape.default, node, [self._extent_of(group) for group in groups]) if merges else node
+
+    def _permuted(
+        self, node: fx.Node, axes_now: Sequence[axes.Atom | None], wanted: Sequence[axes.Atom | None]
+    ) -> fx.Node:
+        """The axes in the wanted order, with axes of one element where nothing holds the wanted atom."""
+        ones = [dim for dim, atom in enumerate(axes_now) if atom is None]
+        places = [place for place, atom in enumerate(wanted) if atom is None or atom not in axes_now]
+        served = dict(zip(places, ones, strict=False))
+        superfluous, lacking = ones[len(served) :], places[len(served) :]
+        if superfluous:
+            node = self._call(aten.squeeze.dims, node, superfluous)
+        order = [
+            served[place] if place in served else axes_now.index(atom)
+            for place, atom in enumerate(wanted)
+            if place not in lacking
+        ]
+        order = [dim - sum(gone < dim for gone in superfluous) for dim in order]
+        if order != sorted(order):
+            node = self._call(aten.permute.default, node, order)
+        for place in lacking:
+            node = self._call(aten.unsqueeze.default, node, place)
         return node
 
     def _extent_of(self, group: Label) -> Any:
@@ -276,8 +283,11 @@ class Lowering:
         node = self.graph.call_function(target, args, kwargs)
         self.written.append(node)
         example_args, example_kwargs = fx.node.map_arg((args, kwargs), example_of)
-        with self.fake_mode:
+        # Without gradients: hooks on saved tensors, a checkpoint's around the whole model among them, are the user's.
+        with torch.no_grad(), self.fake_mode:
             example = target(*example_args, **example_kwargs)
+        if torch.is_grad_enabled() and _any_requires_grad((example_args, example_kwargs)):
+            pytree.tree_map_only(torch.Tensor, _require_grad, example)
         for key in ("example_value", "val"):
             if key in self.replaced.meta:
                 node.meta[key] = example
@@ -285,6 +295,15 @@ class Lowering:
             if key in self.replaced.meta:
                 node.meta[key] = self.replaced.meta[key]
         return node
+
+
+def _any_requires_grad(given: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(given))
+
+
+def _require_grad(example: torch.Tensor) -> None:
+    if example.is_floating_point():
+        example.requires_grad_()
 
 
 def _has_effects(op: Op) -> bool:

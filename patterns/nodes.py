@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,24 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+aten = torch.ops.aten
+
 # What no pattern looks through, by the name of the node.
-OPAQUE = {"linear": torch.ops.aten.linear.default, "layer_norm": torch.ops.aten.layer_norm.default}
+OPAQUE = {"linear": aten.linear.default, "layer_norm": aten.layer_norm.default}
+
+# What makes a new tensor by one ATen op, as an operator, a function, a method and itself.
+PLAIN: dict[Any, Any] = {
+    spelling: op
+    for op, *spellings in (
+        (aten.matmul.default, operator.matmul, torch.matmul, "matmul"),
+        (aten.add.Tensor, operator.add, torch.add, "add"),
+        (aten.sub.Tensor, operator.sub, torch.sub, "sub"),
+        (aten.mul.Tensor, operator.mul, torch.mul, "mul"),
+        (aten.div.Tensor, operator.truediv, torch.div, "div"),
+        (aten.sigmoid.default, torch.sigmoid, torch.nn.functional.sigmoid, "sigmoid"),
+    )
+    for spelling in (op, *spellings)
+}
 
 
 def example_of(node: fx.Node) -> Any:
@@ -80,6 +97,14 @@ def is_batched(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def changes_shape_in_place(node: fx.Node) -> bool:
+    """Such as `transpose_`: the tensor stays, its sizes and strides do not."""
+    packet = getattr(aten, base_name(node), None) if base_name(node).endswith("_") else None
+    if packet is None or base_name(node).endswith("__"):
+        return False
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+
+
 def base_name(node: fx.Node) -> str:
     return name_of(node).removesuffix(".default")
 
@@ -116,8 +141,13 @@ def under(fake_mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
+def arguments(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """What a node is given: args and kwargs."""
+    return fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+
+
 def call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    args, kwargs = arguments(node, env)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)

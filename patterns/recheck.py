@@ -72,8 +72,11 @@ def _same_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
             return False
-        sizes = zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True)
-        return all(statically_known_true(size == other) for size, other in sizes)
+        if not all(statically_known_true(size == other) for size, other in zip(a.shape, b.shape, strict=True)):
+            return False
+        # The stride of an axis of one element leads nowhere.
+        axes = zip(a.shape, a.stride(), b.stride(), strict=True)
+        return all(statically_known_true(size == 1) or statically_known_true(x == y) for size, x, y in axes)
     if isinstance(a, (int, torch.SymInt)) and isinstance(b, (int, torch.SymInt)):
         return statically_known_true(a == b)
     return bool(a is b or (type(a) is type(b) and a == b))

@@ -25,7 +25,10 @@ REREAD = "reread after a write"
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """One version of one tensor. `nodes` are the user's nodes that returned exactly this version."""
+    """One version of one tensor. `nodes` are the user's nodes that returned exactly this version.
+
+    The shape is that of the version: `transpose_` changes that of the tensor.
+    """
 
     tensor: torch.Tensor
     op: Op | None
@@ -34,9 +37,8 @@ class Value:
     readers: list[Op] = dataclasses.field(default_factory=list)
     escapes: bool = False
 
-    @property
-    def shape(self) -> tuple[Size, ...]:
-        return tuple(self.tensor.shape)
+    def __post_init__(self) -> None:
+        self.shape: tuple[Size, ...] = tuple(self.tensor.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +111,9 @@ class Recorder(TorchDispatchMode):
         """The current version of a tensor; one never seen is an input."""
         value = self._current.get(id(tensor))
         return value if value is not None else self.add_input(tensor)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._current
 
     def add_input(self, tensor: torch.Tensor) -> Value:
         self.input_storages.add(storage_of(tensor))

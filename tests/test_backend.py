@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import trifast_inductor
+from trifast_inductor import rewrite
 from trifast_inductor.errors import DeclinedError, UnknownOptionError
 from trifast_inductor.rewrite import TriangleAttentionPass
 
@@ -21,6 +23,7 @@ from .patterns.spellings import MatmulInPlace, inputs
 
 config = torch._inductor.config
 CHECKOUT = Path(__file__).parents[1]
+PACKAGE = Path(trifast_inductor.__file__).parent
 
 
 is_installed = pytest.mark.skipif(
@@ -30,11 +33,8 @@ is_installed = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    with config.patch(force_disable_caches=True):
-        yield
+def _fresh(compiled_afresh):
+    yield
     trifast_inductor.unregister()
 
 
@@ -221,8 +221,23 @@ class TestCaches:
         assert TriangleAttentionPass(before=CountingPass()).uuid() not in (plain.uuid(), None)
         assert TriangleAttentionPass(before=lambda graph: None).uuid() is None
 
+    @pytest.mark.parametrize("changed", ["backend.py", "kernels/triangle_attention/forward.py", "patterns/axes.py"])
+    def test_the_hash_covers_every_source_of_a_checkout(self, changed, tmp_path, monkeypatch):
+        """In a checkout `kernels` and `patterns` are links, which `Path.rglob` leaves out."""
+        copied_package(tmp_path)
+
+        def hash_now() -> bytes:
+            get_hash_for_files.cache_clear()
+            return rewrite.sources_hash.__wrapped__()
+
+        monkeypatch.setattr(rewrite, "__file__", str(tmp_path / "trifast_inductor" / "rewrite.py"))
+        before = hash_now()
+        path = tmp_path / "trifast_inductor" / changed
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert hash_now() != before
+
     @is_installed
-    def test_a_second_process_hits_the_cache_and_is_rewritten(self, tmp_path):
+    def test_a_second_process_hits_the_cache_unless_our_sources_changed(self, tmp_path):
         program = (
             "import torch\n"
             "from torch._dynamo.utils import counters\n"
@@ -239,14 +254,27 @@ class TestCaches:
             "hits = counters['inductor']['fxgraph_cache_hit'] + counters['aot_autograd']['autograd_cache_hit']\n"
             "print('trifast_inductor::triangle_attention_forward' in names, hits > 0)"
         )
-        environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         assert run_python(program, environ).split() == ["True", "False"]
         assert run_python(program, environ).split() == ["True", "True"]
+        copied = copied_package(tmp_path / "copy")
+        kernel = copied / "trifast_inductor" / "kernels" / "triangle_attention" / "cpu.py"
+        kernel.write_bytes(kernel.read_bytes() + b"\n")
+        assert run_python(program, environ, copied).split() == ["True", "False"]
 
 
-def run_python(program: str, environ: dict[str, str] | None = None) -> str:
+def copied_package(to: Path) -> Path:
+    """The sources as they are, links and all, under a folder that can stand on the path."""
+    shutil.copytree(PACKAGE, to / "trifast_inductor", symlinks=True)
+    for name in ("kernels", "patterns"):
+        if (PACKAGE / name).is_symlink():
+            shutil.copytree(PACKAGE / name, to / name)
+    return to
+
+
+def run_python(program: str, environ: dict[str, str] | None = None, checkout: Path = CHECKOUT) -> str:
     """A process of its own, outside the checkout, as a user's would be."""
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **(environ or {}), "PYTHONPATH": path},

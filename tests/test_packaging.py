@@ -1,5 +1,10 @@
 """The wheel and the sdist hold every module, and install into one top-level package."""
 
+import email
+import importlib.util
+import inspect
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -7,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import trifast_inductor
 
 CHECKOUT = Path(__file__).parents[1]
 DIRECTORIES = {
@@ -86,6 +93,42 @@ def test_wheel_installs_and_builds_from_the_sdist_alike(built: Path, tmp_path: P
     assert names == installed_names() | {"trifast_inductor/py.typed"}
 
 
+def test_metadata_says_what_is_there(built: Path) -> None:
+    """One version, from the source; a license, a description that can be shown, every supported Python."""
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(path))
+    cited = re.search(r"^version: (.+)$", (CHECKOUT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert metadata["Version"] == trifast_inductor.__version__ == cited[1]
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == "<3.14,>=3.10"
+    classifiers = metadata.get_all("Classifier")
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)} <= set(classifiers)
+    assert metadata.get_payload(decode=True).decode() == (CHECKOUT / "README.md").read_text(encoding="utf-8")
+
+
+def test_twine_accepts_wheel_and_sdist(built: Path) -> None:
+    if importlib.util.find_spec("twine") is None:
+        assert os.environ.get("CI") != "true", "twine is not installed: pip install -e '.[test]'"
+        pytest.skip("twine is not installed: pip install -e '.[test]'")
+    files = [str(path) for pattern in ("*.whl", "*.tar.gz") for path in built.glob(pattern)]
+    assert len(files) == 2
+    check = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(check, capture_output=True, text=True, cwd=built)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", trifast_inductor.__all__)
+def test_the_public_api_is_typed(name: str) -> None:
+    """Every parameter and result; py.typed, which lets a type checker read them, is in the wheel above."""
+    signature = inspect.signature(getattr(trifast_inductor, name))
+    untyped = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
+    assert untyped == []
+    assert signature.return_annotation is not signature.empty
+
+
 @pytest.mark.parametrize("name", ["kernels", "patterns"])
 def test_a_probe_for_another_package_of_that_name_finds_nothing(name: str) -> None:
     """Libraries ask for a package `kernels` by importing it; from a checkout they must get nothing, and no error."""
@@ -97,3 +140,23 @@ def test_a_probe_for_another_package_of_that_name_finds_nothing(name: str) -> No
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CHECKOUT)
     assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_ci_runs_what_the_readme_says_and_make_check_does() -> None:
+    script, makefile = (CHECKOUT / ".ci" / "run").read_text(), (CHECKOUT / "Makefile").read_text()
+    command = script.splitlines()[-1].removeprefix("exec ")
+    assert f"\n{command} " in (CHECKOUT / "README.md").read_text()
+    assert re.search(rf"^{command.removeprefix('make ')} check: ", makefile, re.MULTILINE)
+
+
+def test_pre_commit_calls_what_is_there_and_downloads_nothing() -> None:
+    """Hooks of this checkout, each a tool of the test extra and files that exist."""
+    yaml = pytest.importorskip("yaml")
+    (repo,) = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    extra = (CHECKOUT / "pyproject.toml").read_text()
+    for hook in repo["hooks"]:
+        assert hook["language"] == "system"
+        tool, *arguments = hook["entry"].split()
+        assert tool.removeprefix(".venv/bin/") in ("python", *re.findall(r'"(\w+)[">]', extra))
+        assert all((CHECKOUT / word).exists() for word in arguments if "/" in word)

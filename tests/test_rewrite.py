@@ -14,10 +14,7 @@ from trifast_inductor.rewrite import rewrite
 
 from .patterns.graphs import captured
 
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    counters.clear()
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
 
 def attend(q, k, v, bias):

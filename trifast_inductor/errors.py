@@ -29,6 +29,10 @@ class DoubleBackwardError(TrifastError, NotImplementedError):
     """A gradient of a gradient was asked for; the fused op is differentiable once."""
 
 
+class ForwardModeError(TrifastError, NotImplementedError):
+    """A forward-mode derivative (jvp, jacfwd, forward_ad) was asked for; the fused op has reverse mode only."""
+
+
 class DeclinedError(TrifastError, RuntimeError):
     """Under `strict=True`: something that looks like triangle attention was not rewritten."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import glob
 import json
 import logging
 import weakref
@@ -34,7 +35,8 @@ GraphPass = Callable[[fx.Graph], None]
 def sources_hash() -> bytes:
     """Every source file of the package: what a compiled artifact was rewritten with."""
     package = Path(__file__).parent
-    return get_hash_for_files(tuple(sorted(str(path) for path in package.rglob("*.py"))))
+    # Path.rglob does not go through links, and in a checkout kernels and patterns are links.
+    return get_hash_for_files(tuple(sorted(glob.glob(f"{glob.escape(str(package))}/**/*.py", recursive=True))))
 
 
 class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor is untyped here

@@ -1,18 +1,26 @@
 """Random inputs and an error budget, for our tests and for yours.
 
 A fused kernel rounds at other places than eager does, so neither is the measure of the other. Both are held
-against float64: the kernel may be off by twice what eager is off by in the same dtype, plus one rounding of
-the result.
+against float64: for the output and for each gradient
+
+    ‖actual - exact‖ ≤ 2·‖eager - exact‖ + ½·eps·‖exact‖
+
+with `exact` in float64 from the same rounded inputs, `eager` and `actual` in one dtype, eps of that dtype (one
+rounding of the result), and ‖·‖ once the largest element and once the root mean square.
 
     inputs = random_inputs(R=64, I=64, J=64, dtype=torch.bfloat16, key_term="mask")
-    assert_within_budget(kernel(inputs), eager(inputs), eager(inputs.to(torch.float64)))
+    assert_attention_within_budget(my_attention, inputs)     # output and all gradients
+    assert_within_budget(actual, eager, exact)               # any tensor
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import reference
 
 KEY_TERMS = ("none", "additive", "mask", "-inf mask")
 
@@ -98,7 +106,7 @@ def assert_within_budget(
     *,
     name: str = "result",
     times: float = 2.0,
-    floor: float = 0.0,
+    floor: float | Tensor = 0.0,
 ) -> None:
     """Fail unless `actual` is at most twice as far from `exact` as `eager`, plus one rounding of the result.
 
@@ -111,7 +119,8 @@ def assert_within_budget(
         eager: the same computation in eager torch, in the dtype of `actual`.
         exact: the same in float64, from the inputs as rounded to that dtype.
         times: how many times eager's error is allowed.
-        floor: an absolute error allowed besides, for a result that cancels to less than its terms' roundings.
+        floor: an absolute error allowed besides, for a result that cancels to less than its terms' roundings; of
+            every element alone where it is a tensor.
     """
     actual64, eager64, exact64 = (t.detach().double() for t in (actual, eager, exact))
     finite = exact64.isfinite()
@@ -127,13 +136,98 @@ def assert_within_budget(
     values = exact64[finite]
     error, allowed = actual64[finite] - values, (eager64[finite] - values).nan_to_num(0.0)
     rounding = torch.finfo(actual.dtype).eps / 2
+    floors = floor.double()[finite] if isinstance(floor, Tensor) else values.new_tensor([floor])
     for measure, norm in (("largest", torch.max), ("root mean square", _root_mean_square)):
-        budget = times * norm(allowed.abs()) + rounding * norm(values.abs()) + floor
+        budget = times * norm(allowed.abs()) + rounding * norm(values.abs()) + norm(floors)
         off = norm(error.abs())
         assert off <= budget, (
             f"{name}: {measure} error {off:.3g} exceeds the budget {budget:.3g} "
             f"({times:g} times eager's {norm(allowed.abs()):.3g} and one rounding in {actual.dtype})"
         )
+
+
+def assert_attention_within_budget(
+    attend: Callable[..., Tensor], x: Inputs, *, times: float = 2.0, rereads_output: bool = False
+) -> None:
+    """Fail unless an attention keeps the budget in its output and in the gradients of q, k, v and bias.
+
+    attend(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first) -> out, differentiable, as `eager` is:
+
+        out[b,r,i,h] = Σ_j softmax_j(scale·⟨q[b,r,i,h], k[b,r,j,h]⟩ + bias[b,h,i,j] (⊕ key term[b,r,j])) · v[b,r,j,h]
+
+    Beyond `assert_within_budget` it allows what `error_floors` describes.
+
+    Args:
+        x: of `random_inputs`, or your own; float32, bfloat16 or float16.
+        times: how many times eager's error is allowed.
+        rereads_output: the backward takes δ = Σ_d g·out from the output as it was rounded, as FlashAttention does.
+    """
+    exact, rounded, actual = results(eager, x.to(torch.float64)), results(eager, x), results(attend, x)
+    floors = error_floors(x, exact, rereads_output=rereads_output)
+    for name, value in exact.items():
+        assert_within_budget(actual[name], rounded[name], value, name=name, times=times, floor=floors[name])
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> Tensor:
+    """What a model writes: a product, adds, a softmax and a product, rounded to the dtype at every step."""
+    x = reference.logits(q, k, bias, key_bias, key_mask, scale, fill, key_term_first)
+    return torch.einsum("brhij,brjhd->brihd", torch.softmax(x, -1), v)
+
+
+def results(attend: Callable[..., Tensor], x: Inputs) -> dict[str, Tensor]:
+    """`out` and, by autograd with x.grad_out, `dq`, `dk`, `dv` and, where there is a bias, `dbias`."""
+    named = {"dq": x.q, "dk": x.k, "dv": x.v, "dbias": x.bias}
+    leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
+    out = attend(*(leaves.get(name) for name in named), *x.op[4:])
+    gradients = torch.autograd.grad(out, list(leaves.values()), x.grad_out)
+    return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def error_floors(x: Inputs, exact: dict[str, Tensor], *, rereads_output: bool = False) -> dict[str, Tensor]:
+    """What a fused kernel may be off by where eager is exact by luck: by name of a result, of each element.
+
+    Eager is no measure where one key takes all the weight: its probabilities are then 1 and 0 exactly. Allowed to any
+    kernel that sums in float32, with u = 2⁻²⁴ and all maxima over the tensors:
+
+        a weight is off by u·max Σ_d |q·k|·scale of itself (`logits_rounding`), and with it each result;
+        dp - δ cancels to no less than 2u·max Σ_d |g·v|, which reaches dq, dk and dbias.
+
+    With `rereads_output`, δ is besides off by e = ½·eps·√Σ_d (g·out)², the sum of D roundings of the output:
+
+        dq by scale·e_i·|Σ_j p_ij·k_j|,  dk by scale·√Σ_i (e_i·p_ij·q_i)²,  dbias by √Σ_r (e_i·p_ij)².
+    """
+    floors = {name: torch.zeros_like(value) for name, value in exact.items()}
+    if 0 in x.grad_out.shape or 0 in x.k.shape:
+        return floors
+    weight = logits_rounding(x)
+    for name, value in exact.items():
+        floors[name] += weight * _largest(x.v if name == "out" else value)
+    wide = x.to(torch.float64)
+    products = torch.einsum("brihd,brjhd->brhij", wide.grad_out.abs(), wide.v.abs())
+    left = torch.finfo(torch.float32).eps * products.max().item()
+    floors["dq"] += left * x.scale * _largest(x.k)
+    floors["dk"] += left * x.scale * _largest(x.q)
+    if x.bias is not None:
+        floors["dbias"] += left * x.q.shape[1]
+    if rereads_output:
+        p = torch.softmax(reference.logits(*wide.op[:2], *wide.op[3:]), -1)
+        off = torch.finfo(x.q.dtype).eps / 2 * (wide.grad_out * exact["out"]).norm(dim=-1).transpose(2, 3)[..., None]
+        of_dk = torch.einsum("brhij,brihd->brjhd", (off * p).square(), wide.q.square()).sqrt()
+        floors["dq"] += x.scale * torch.einsum("brhij,brjhd->brihd", off * p, wide.k).abs()
+        floors["dk"] += x.scale * of_dk
+        if x.bias is not None:
+            floors["dbias"] += (off * p).square().sum(1).sqrt()
+    return floors
 
 
 def logits_rounding(x: Inputs) -> float:
@@ -150,3 +244,7 @@ def logits_rounding(x: Inputs) -> float:
 
 def _root_mean_square(values: Tensor) -> Tensor:
     return values.square().mean().sqrt()
+
+
+def _largest(t: Tensor) -> float:
+    return t.detach().double().abs().nan_to_num(0.0, posinf=0.0).max().item()

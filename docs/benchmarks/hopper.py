@@ -1,75 +1,228 @@
-"""The Hopper forward beside the portable one, in several shapes: `python docs/benchmarks/hopper.py [seconds]`.
+"""The Hopper forward's shapes beside the portable kernel and FlexAttention, in one run of at most four minutes.
 
-Prints the GPU time of one call (graph replay, median), all passes included, for B=1, H=4, D=32 in bfloat16, without
-a key term and with a tenth of the keys left out. Each figure comes after a check of some rows against float64.
+    python docs/benchmarks/hopper.py [--sizes 512,1024,256,2048] [--seconds 240] [NAME ...]
+
+B=1, H=4, D=32, bfloat16, all passes of a call included: ms without a key term / with the last tenth of the keys left
+out, median of graph replays. Each name is a process of its own. All of them compile at once, on small inputs that
+they also check; then they are timed one after the other, each after a check of some rows against float64. A process
+that fails, or hangs, costs its own line only.
+
+What a kernel waits for (about a minute; `--clock-control none` leaves the clocks alone):
+
+    ncu --clock-control none --set full --import-source no -k regex:triangle_attention_fwd_hopper -c 1 \\
+        python docs/benchmarks/hopper.py --once default --sizes 512
 """
 
+import argparse
+import contextlib
+import os
+import selectors
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import triton
 
-from trifast_inductor.kernels.triangle_attention import forward as portable
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.kernels.triangle_attention.hopper import forward as hopper
-from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, shape_for
-from trifast_inductor.testing import Inputs, random_inputs
+from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape
+from trifast_inductor.testing import Inputs
+
+# With what was predicted for N=512 in log-hopper.md, step 7, which says why.
+SHAPES = {
+    "default": Shape(),  # two rows by 128 queries: two partitions of two warpgroups
+    "2x2": Shape(BLOCKS=2, NUM_WARPS=4),  # the same work, a partition for each warpgroup
+    "4x1": Shape(ROWS=4, NUM_WARPS=4, STAGES=2),  # four rows: less bias and more k and v through L2
+    "3x1": Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),  # three warpgroups, 128 registers
+    "q": Shape(Q_IN_REGISTERS=True),  # shared memory is read an eighth less
+    "sums": Shape(SUM_BY_PRODUCT=False),  # row sums by addition: four instructions for the tensor cores less
+    "stages": Shape(TILES=1, STAGES=6),  # more and smaller stages
+    "one": Shape(ROWS=1, NUM_WARPS=16, STAGES=2),  # one row by 256 queries, one partition: the least code
+    "two": Shape(ROWS=1, TILES=1, PROGRAMS=2, maxnreg=80),  # two programs a multiprocessor, nothing between them
+    "two-first": Shape(ROWS=1, TILES=1, PROGRAMS=2, maxnreg=80, NEXT_FIRST=True),  # and products that run on
+}
+PEERS = ("portable", "flex")
+COMPILING = 110.0  # seconds for all to get ready
+TIMING = 30.0  # seconds for one
 
 
-def inputs(N: int, left_out: bool) -> Inputs:
-    x = random_inputs(
-        R=N, I=N, J=N, H=4, dtype=torch.bfloat16, device="cuda", key_term="additive" if left_out else "none"
-    )
-    if x.key_bias is not None:
-        x.key_bias.zero_()
-        x.key_bias[..., int(0.9 * N) :] = -1e9
-    return x
+def inputs(N: int, left_out: bool, J: int | None = None, R: int | None = None) -> Inputs:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    R, J = R or N, J or N
+    key_bias = torch.zeros((1, R, J), device="cuda", dtype=torch.bfloat16) if left_out else None
+    if key_bias is not None:
+        key_bias[..., int(0.9 * J) :] = -1e9
+    q = normal(1, R, N, 4, 32)
+    k, v, bias = normal(1, R, J, 4, 32), normal(1, R, J, 4, 32), normal(1, 4, N, J)
+    return Inputs(q, k, v, bias, key_bias, None, 32**-0.5, 0.0, False, grad_out=q)
 
 
-def shapes(N: int) -> list[Shape]:
-    """What is chosen, then other warps, tiles, registers, and rings where whole rows would fit."""
-    chunks = shape_for(32, N).CHUNKS
-    tried = [
-        shape_for(32, N),
-        Shape(64, chunks, 1, 16),
-        Shape(64, chunks, 1, 8),
-        Shape(32, chunks, 1, 8),
-        Shape(64, chunks, 1, 4, maxnreg=168),
-        Shape(64, 1, 2, 4),
-        Shape(64, 2, 2, 4, maxnreg=168),
-        Shape(64, 2, 2, 8),
-    ]
-    return [s for s in dict.fromkeys(tried) if s.CHUNKS * s.STAGES * 16 <= 216]
+def _flex() -> Callable[[Inputs], torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 16  # a length and a key term each
+
+    def attend(q: Any, k: Any, v: Any, bias: Any, key: Any, scale: float) -> torch.Tensor:
+        def score_mod(score: Any, r: Any, h: Any, i: Any, j: Any) -> Any:
+            score = score + bias[h, i, j]
+            return score if key is None else score + key[r, j]
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flex_attention(q, k, v, score_mod=score_mod, scale=scale).transpose(1, 2)
+
+    compiled = torch.compile(attend, dynamic=False)
+
+    def call(x: Inputs) -> torch.Tensor:
+        key = None if x.key_bias is None else x.key_bias[0]
+        return compiled(x.q[0], x.k[0], x.v[0], x.bias[0], key, x.scale)[None]
+
+    return call
+
+
+def call_of(name: str) -> Callable[[Inputs], torch.Tensor]:
+    if name == "flex":
+        return _flex()
+    if name == "portable":
+        from trifast_inductor.kernels.triangle_attention import forward
+
+        return lambda x: forward.launch(*x.op)[0]
+    from trifast_inductor.kernels.triangle_attention.hopper import forward as hopper
+
+    return lambda x: hopper.launch(*x.op, SHAPES[name])[0]
 
 
 def largest_error(x: Inputs, out: torch.Tensor) -> float:
-    rows = slice(0, 2)
+    """Over the first two rows and the last, in float64."""
+    rows = [0, 1, -1]
     key_bias = None if x.key_bias is None else x.key_bias[:, rows].double()
     q, k, v = (t[:, rows].double() for t in (x.q, x.k, x.v))
     exact = reference.forward(q, k, v, x.bias.double(), key_bias, None, x.scale, x.fill, False)[0]
-    return (out[:, rows] - exact).abs().max().item()
+    return (out[:, rows].double() - exact).abs().max().item()
 
 
-def main(seconds: float) -> None:
-    started = time.monotonic()
-    for N in (512, 1024, 256, 2048):
+def rows_computed_again(name: str, x: Inputs) -> int:
+    from trifast_inductor.kernels.triangle_attention.hopper import forward as hopper
+
+    return int(hopper.fixed_shift(*x.op[:-1], SHAPES[name])[2].isnan().sum())
+
+
+def work(name: str, sizes: list[int]) -> None:
+    """One process: get ready, wait for a word, time."""
+    import triton
+
+    call = call_of(name)
+    for left_out in (False, True):
+        if name == "flex":  # compiles for each length
+            for N in sizes:
+                call(inputs(N, left_out))
+            continue
+        x = inputs(200, left_out, J=333, R=5)
+        error = largest_error(x, call(x))
+        assert error < 0.02, f"largest error {error:.1e} at I=200, J=333"
+    torch.cuda.synchronize()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for N in sizes:
+        times, errors, again = [], [], 0
         for left_out in (False, True):
             x = inputs(N, left_out)
-            calls = {"portable": lambda x=x: portable.launch(*x.op)}
-            for s in shapes(N):
-                calls[str(s)] = lambda x=x, s=s: hopper.launch(*x.op[:-1], shape=s)
-            for name, call in calls.items():
-                if time.monotonic() - started > seconds:
-                    return
-                try:
-                    error = largest_error(x, call()[0])
-                    ms = triton.testing.do_bench_cudagraph(call, rep=30, return_mode="median")
-                    print(f"N={N} left_out={left_out} {name}: {ms:.4f} ms, largest error {error:.1e}", flush=True)
-                except Exception as error:
-                    # A shape that does not compile or fit must not take the others with it.
-                    print(f"N={N} left_out={left_out} {name}: {error!r:.200}", flush=True)
+            errors.append(largest_error(x, call(x)))
+            if name in SHAPES:
+                again += rows_computed_again(name, x)
+            times.append(triton.testing.do_bench_cudagraph(lambda x=x: call(x), rep=40, return_mode="median"))
+            del x
+        note = f" ({again} rows again)" if again else ""
+        print(f"  N={N} {times[0]:.4f}/{times[1]:.4f} err {max(errors):.0e}{note}", end="", flush=True)
+    print("", flush=True)
+
+
+class Process:
+    """One name at work. Its standard error is kept for the last line of what went wrong."""
+
+    def __init__(self, name: str, sizes: list[int]) -> None:
+        self.name = name
+        command = [sys.executable, __file__, "--work", name, "--sizes", ",".join(map(str, sizes))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        self.said = b""
+        self.errors = b""
+
+    def hear(self, seconds: float, until: bytes | None) -> bool:
+        """Read until a line comes, or the end of it all if `until` is None; False when time is up or it has died."""
+        end = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            for stream in (self.process.stdout, self.process.stderr):
+                assert stream is not None
+                selector.register(stream, selectors.EVENT_READ)
+            while selector.get_map() and (left := end - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    data = os.read(key.fd, 65536)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                    elif key.fileobj is self.process.stdout:
+                        self.said += data
+                    else:
+                        self.errors = (self.errors + data)[-4000:]
+                if until is not None and until in self.said:
+                    return True
+            closed = not selector.get_map()
+        return until is None and closed and self.process.wait(10) == 0
+
+    def why_not(self) -> str:
+        if self.process.poll() is None:
+            return "no answer in time"
+        lines = self.errors.decode(errors="replace").strip().splitlines()
+        return next((line for line in reversed(lines) if line.strip()), f"exit status {self.process.returncode}")[:200]
+
+    def end(self) -> None:
+        self.process.kill()
+        # A process whose kernel hangs takes a while to let go of the GPU, or never does.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.communicate(timeout=10)
+
+
+def main(names: list[str], sizes: list[int], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    processes = [Process(name, sizes) for name in names]
+    ready_by = time.monotonic() + min(COMPILING, seconds / 2)
+    ready = {p.name: p.hear(max(ready_by - time.monotonic(), 0.1), b"ready\n") for p in processes}
+    for p in processes:
+        if not ready[p.name]:
+            print(f"{p.name:10} failed before it was timed: {p.why_not()}", flush=True)
+            p.end()
+    for p in processes:
+        if not ready[p.name]:
+            continue
+        p.said = b""
+        assert p.process.stdin is not None
+        p.process.stdin.write(b"go\n")
+        p.process.stdin.flush()
+        finished = p.hear(min(TIMING, end - time.monotonic()), None)
+        note = "" if finished else f"  cut short: {p.why_not()}"
+        print(f"{p.name:10}{p.said.decode().strip()}{note}", flush=True)
+        p.end()
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=[*PEERS, *SHAPES])
+    parser.add_argument("--sizes", type=lambda text: [int(n) for n in text.split(",")], default=[512, 1024, 256, 2048])
+    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--work", metavar="NAME", help="what each process is started with")
+    parser.add_argument("--once", metavar="NAME", help="one call, for a profiler")
+    given = parser.parse_args()
+    if unknown := {*given.names} - {*PEERS, *SHAPES}:
+        parser.error(f"no such name: {', '.join(sorted(unknown))}; there are {', '.join([*PEERS, *SHAPES])}")
+    if given.work:
+        work(given.work, given.sizes)
+    elif given.once:
+        call_of(given.once)(inputs(given.sizes[0], False))
+        torch.cuda.synchronize()
+    else:
+        main(given.names, given.sizes, given.seconds)

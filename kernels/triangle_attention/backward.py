@@ -499,7 +499,10 @@ def launch(
     numbers = (scale, fill, key_term_first, needs_dbias)
     signed = signature(grad_out, q, k, v, bias, key_bias, key_mask)
     key = (signed, numbers, float32_precision(q.dtype))
-    plan = _plans.get(key) or _plans.add(key, _Plan(grad_out, q, k, v, bias, key_bias, key_mask, *numbers))
+    plan = _plans.get(key)
+    if plan is None:
+        with on_device_of(q):
+            plan = _plans.add(key, _Plan(grad_out, q, k, v, bias, key_bias, key_mask, *numbers))
     if plan.lean_plan is not None:
         with on_device_of(q):
             given = (grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask)

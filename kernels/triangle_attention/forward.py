@@ -201,7 +201,10 @@ def launch(
     """
     given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
     key = (signature(q, k, v, bias, key_bias, key_mask), scale, fill, key_term_first, float32_precision(q.dtype))
-    plan = _plans.get(key) or _plans.add(key, _Plan(*given))
+    plan = _plans.get(key)
+    if plan is None:
+        with on_device_of(q):
+            plan = _plans.add(key, _Plan(*given))
     out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
     row_max = torch.empty(plan.statistics_shape, dtype=torch.float32, device=q.device)
     row_sum = torch.empty_like(row_max)

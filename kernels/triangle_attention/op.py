@@ -30,9 +30,11 @@ from typing import Any
 import torch
 import torch.utils.flop_counter
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from trifast_inductor.errors import DoubleBackwardError, DtypeError
-from trifast_inductor.kernels.triangle_attention import cpu, validation
+from trifast_inductor.errors import DoubleBackwardError, DtypeError, ForwardModeError
+from trifast_inductor.kernels.triangle_attention import batching, cpu, validation
 
 _TERMS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_bias, Tensor? key_mask, "
@@ -45,16 +47,18 @@ for _name in ("triangle_attention", "triangle_attention_forward"):
         f"{_name}({_TERMS}, bool masked_rows_are_zero=False) -> (Tensor out, Tensor row_max, Tensor row_sum)",
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
     )
-_library.define(
-    f"triangle_attention_backward(Tensor grad_out, {_TERMS}, Tensor out, Tensor row_max, Tensor row_sum, "
-    "bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
+for _name in ("triangle_attention_gradients", "triangle_attention_backward"):
+    _library.define(
+        f"{_name}(Tensor grad_out, {_TERMS}, Tensor out, Tensor row_max, Tensor row_sum, "
+        "bool needs_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    )
 
+# The first of each pair has autograd. The second is what is left of it once it has been differentiated, so that a
+# compiled graph does not pass through Python twice for each call.
 triangle_attention = torch.ops.trifast_inductor.triangle_attention.default
-# What is left of it once it has been differentiated: no autograd of its own, so that a compiled graph does not
-# pass through Python twice for each call.
 triangle_attention_forward = torch.ops.trifast_inductor.triangle_attention_forward.default
+triangle_attention_gradients = torch.ops.trifast_inductor.triangle_attention_gradients.default
 triangle_attention_backward = torch.ops.trifast_inductor.triangle_attention_backward.default
 
 
@@ -171,7 +175,7 @@ def _fake_backward(
 class _TriangleAttention(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, row_max, row_sum = triangle_attention_forward(*inputs)
+        out, row_max, row_sum = _at_next_level(triangle_attention, triangle_attention_forward, *inputs)
         return out, row_max, row_sum
 
     @staticmethod
@@ -194,8 +198,8 @@ class _TriangleAttention(torch.autograd.Function):
             return (None,) * ctx.inputs
         q, k, v, bias, key_bias, key_mask, out, row_max, row_sum = ctx.saved_tensors
         needs_dbias = bias is not None and ctx.needs_input_grad[3]
-        gradients = _Gradients.apply if torch.is_grad_enabled() else triangle_attention_backward
-        dq, dk, dv, dbias = gradients(
+        op = triangle_attention_gradients if torch.is_grad_enabled() else triangle_attention_backward
+        dq, dk, dv, dbias = op(
             grad_out,
             q,
             k,
@@ -213,13 +217,17 @@ class _TriangleAttention(torch.autograd.Function):
         )
         return dq, dk, dv, dbias if needs_dbias else None, *(None,) * (ctx.inputs - 4)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise ForwardModeError(_NO_TANGENTS)
+
 
 class _Gradients(torch.autograd.Function):
     """The backward where a graph of it is asked for: it can be built, not used."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dq, dk, dv, dbias = triangle_attention_backward(*inputs)
+        dq, dk, dv, dbias = _at_next_level(triangle_attention_gradients, triangle_attention_backward, *inputs)
         return dq, dk, dv, dbias
 
     @staticmethod
@@ -233,11 +241,46 @@ class _Gradients(torch.autograd.Function):
             "of the model with backend='inductor', or call trifast_inductor.unregister() first"
         )
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise ForwardModeError(_NO_TANGENTS)
+
+
+_NO_TANGENTS = (
+    "triangle_attention has no forward-mode derivative: use reverse mode (torch.autograd.grad, torch.func.vjp), "
+    "or keep eager attention where jvp, jacfwd or forward_ad is needed"
+)
+
+
+def _applied(function: Any, *inputs: Any) -> Any:
+    """`function.apply`; inside torch.func at the level that this call was dispatched to, as for torch's own ops."""
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    with enable_single_level_autograd_function():
+        # `apply` would ask for a transform once more; what it overrides is the autograd of one level.
+        return super(torch.autograd.Function, function).apply(*inputs)
+
+
+def _at_next_level(differentiable: Any, differentiated: Any, *inputs: Any) -> Any:
+    """What has been differentiated here; the next level of torch.func differentiates or batches in its turn."""
+    if not torch._C._are_functorch_transforms_active():
+        return differentiated(*inputs)
+    # Function.forward runs with gradients off; whether the next level wants them, torch.func knows.
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return differentiable(*inputs)
+
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        return _TriangleAttention.apply(*inputs)
+    # A tangent travels with gradients off, too.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _applied(_TriangleAttention, *inputs)
     return triangle_attention_forward(*inputs)
+
+
+def _differentiable_once(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return _applied(_Gradients, *inputs)
+    return triangle_attention_backward(*inputs)
 
 
 def _forward_flops(q_shape: Any, k_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -253,12 +296,17 @@ def _backward_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *_: Any, out_sh
 for _key in ("CPU", "CUDA"):
     _library.impl("triangle_attention", _forward, _key)
     _library.impl("triangle_attention_forward", _forward, _key)
+    _library.impl("triangle_attention_gradients", _backward, _key)
     _library.impl("triangle_attention_backward", _backward, _key)
 _library.impl("triangle_attention", _differentiable, "Autograd")
+_library.impl("triangle_attention_gradients", _differentiable_once, "Autograd")
 for _name, _fake, _flops in (
     ("triangle_attention", _fake_forward, _forward_flops),
     ("triangle_attention_forward", _fake_forward, _forward_flops),
+    ("triangle_attention_gradients", _fake_backward, _backward_flops),
     ("triangle_attention_backward", _fake_backward, _backward_flops),
 ):
+    _op = getattr(torch.ops.trifast_inductor, _name)
     torch.library.register_fake(f"trifast_inductor::{_name}", _fake, lib=_library)
-    torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.trifast_inductor, _name))(_flops)
+    torch.library.register_vmap(f"trifast_inductor::{_name}", batching.folded(_op.default), lib=_library)
+    torch.utils.flop_counter.register_flop_formula(_op)(_flops)

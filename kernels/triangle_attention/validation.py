@@ -1,5 +1,8 @@
 """What the op and the direct call take: one error that names argument, expected, got and the way out."""
 
+import functools
+import importlib
+import logging
 import math
 
 import torch
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from trifast_inductor.errors import DeviceError, DtypeError, ScaleError, ShapeError
 
+log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICE_TYPES = ("cpu", "cuda")
 MAX_HEAD_SIZE = 128
@@ -15,6 +19,17 @@ MAX_HEAD_SIZE = 128
 def needs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     """CPU tensors and float64 are computed in torch."""
     return device.type != "cpu" and dtype != torch.float64
+
+
+@functools.cache
+def triton_works() -> bool:
+    """Whether Triton can be imported; one warning says why it cannot, if so."""
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken installation raises anything: OSError, AttributeError
+        log.warning("triangle attention is left to inductor: Triton cannot be imported (%s); install triton", error)
+        return False
+    return True
 
 
 def _raise_all(error: type[Exception], problems: list[str]) -> None:

@@ -1,8 +1,6 @@
 import os
 
 import pytest
-import torch
-from torch._dynamo.utils import counters
 
 
 def pytest_collection_modifyitems(items):
@@ -13,12 +11,5 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _fresh(request):
-    """No graph and no count of an earlier test; no cache either, for a warm one does not call the pass."""
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
+def _fresh(compiled_afresh):
+    pass

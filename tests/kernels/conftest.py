@@ -43,6 +43,22 @@ def _all_in_nan(x: Inputs) -> Inputs:
     return replace(moved, bias=bias, key_bias=None if x.key_bias is None else _in_nan(x.key_bias))
 
 
+def _unaligned(t: Tensor) -> Tensor:
+    """The same values, dense, one element after a boundary of 16 bytes."""
+    dense = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return dense[1:].view(t.shape).copy_(t)
+
+
+def _of_one_projection(x: Inputs) -> Inputs:
+    """q next to what else one Linear gives, and so for k and v: slices with an offset."""
+
+    def sliced(t: Tensor) -> Tensor:
+        wide = torch.full((*t.shape[:3], 3, *t.shape[3:]), float("nan"), dtype=t.dtype, device=t.device)
+        return wide[:, :, :, 1].copy_(t)
+
+    return _each(sliced)(x)
+
+
 def _expanded(x: Inputs) -> Inputs:
     """Keys and key term shared by all rows, one gradient for all: strides of 0."""
 
@@ -64,6 +80,8 @@ LAYOUTS: dict[str, Callable[[Inputs], Inputs]] = {
     "channels first": _each(lambda t: _stored(t, 0, 3, 4, 1, 2)),
     "expanded": _expanded,
     "in NaN": _all_in_nan,
+    "unaligned": _each(_unaligned),
+    "sliced": _of_one_projection,
 }
 
 
@@ -189,7 +207,8 @@ def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
             t = make(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
+            with torch.no_grad():
+                return t.fill_(float("nan")) if t.is_floating_point() else t
 
         return nan_filled
 

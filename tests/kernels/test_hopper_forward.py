@@ -1,8 +1,8 @@
 """The Hopper forward against the definition; what it compiles to is looked at without a GPU."""
 
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.testing import Inputs, assert_within_budget, random_inputs
+from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs, results
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention.hopper import choice
@@ -20,7 +20,16 @@ if choice.gluon_refusal() is not None:
 from trifast_inductor.kernels.triangle_attention import backward
 from trifast_inductor.kernels.triangle_attention.hopper import forward
 
-RING = choice.Shape(BLOCK_J=64, CHUNKS=1, STAGES=2, NUM_WARPS=8)  # 256 keys at a time
+SHAPES = {
+    "two partitions": choice.Shape(),
+    "four partitions": choice.Shape(BLOCKS=2, NUM_WARPS=4),
+    "one tile a stage": choice.Shape(TILES=1, STAGES=6),
+    "three rows": choice.Shape(ROWS=3, NUM_WARPS=4, REGISTERS=128),
+    "two programs": choice.Shape(ROWS=1, TILES=1, NEXT_FIRST=True, PROGRAMS=2, maxnreg=80),
+    "sixteen warps": choice.Shape(ROWS=1, NUM_WARPS=16, STAGES=2),
+    "q in registers": choice.Shape(Q_IN_REGISTERS=True),
+    "sums in registers": choice.Shape(SUM_BY_PRODUCT=False),
+}
 
 
 @pytest.fixture
@@ -30,13 +39,13 @@ def hopper() -> str:
     return "cuda"
 
 
-def eager(x: Inputs) -> torch.Tensor:
-    p = torch.softmax(reference.logits(*x.op[:2], *x.op[3:]), -1).to(x.v.dtype)
-    return torch.einsum("brhij,brjhd->brihd", p, x.v)
+def fixed_shift(x: Inputs, shape: choice.Shape | None = None):
+    """The Gluon kernel alone: NaN in a row sum asks for the block to be computed again."""
+    return forward.fixed_shift(*x.op[:-1], shape)
 
 
 def launch(x: Inputs, shape: choice.Shape | None = None):
-    return forward.launch(x.q, x.k, x.v, x.bias, x.key_bias, x.key_mask, x.scale, x.fill, shape)
+    return forward.launch(*x.op, shape)
 
 
 def as_projections(x: Inputs) -> Inputs:
@@ -63,16 +72,16 @@ def as_ending_node(x: Inputs) -> Inputs:
 LAYOUTS = {"projections": as_projections, "ending node": as_ending_node, "contiguous": lambda x: x}
 
 
-def check(x: Inputs, shape: choice.Shape | None = None) -> None:
-    out, row_max, row_sum = launch(x, shape)
+def check(x: Inputs, result: tuple[torch.Tensor, ...]) -> None:
+    out, row_max, row_sum = result
     exact = reference.forward(*x.to(torch.float64).op)
-    assert_within_budget(out, eager(x), exact[0], name="out")
-    # Bias over scale is rounded once more, and the sum is of probabilities as they are multiplied with v.
+    assert_within_budget(out, eager(*x.op), exact[0], name="out")
+    # Any shift will do, with a sum to match. Bias over scale is rounded once more, and what is summed are
+    # probabilities as they are multiplied with v.
     rounding = torch.finfo(x.q.dtype).eps
     finite = exact[1].isfinite() & (exact[1] > -1e4)
-    assert (row_max - exact[1])[finite].abs().max() <= rounding * x.bias.abs().max() + 1e-5
     log_sum, exact_sum = row_max + row_sum.log(), exact[1] + exact[2].log()
-    assert (log_sum - exact_sum)[finite].abs().max() <= rounding * (1 + x.bias.abs().max())
+    assert (log_sum - exact_sum)[finite].abs().max() <= rounding * (1 + x.bias[x.bias.isfinite()].abs().max())
 
 
 @pytest.mark.gpu
@@ -82,14 +91,118 @@ def check(x: Inputs, shape: choice.Shape | None = None) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_agrees_with_reference(hopper, dtype, D, key_term, layout):
     x = random_inputs(B=2, R=3, I=200, J=333, H=2, D=D, dtype=dtype, device=hopper, key_term=key_term)
-    check(LAYOUTS[layout](x))
+    # Without a second look: the kernel itself must do for all these rows.
+    check(x, fixed_shift(LAYOUTS[layout](x)))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("I", [1, 129, 300])
-@pytest.mark.parametrize("J", [1, 64, 65, 333, 512])
-def test_keys_in_a_ring(hopper, I, J):
-    check(random_inputs(B=1, R=5, I=I, J=J, D=32, dtype=torch.bfloat16, device=hopper, key_term="additive"), RING)
+@pytest.mark.parametrize("J", [64, 65, 333, 512])
+def test_any_shape_and_length(hopper, shape, I, J):
+    x = random_inputs(B=1, R=5, I=I, J=J, D=32, dtype=torch.bfloat16, device=hopper, key_term="additive")
+    check(x, fixed_shift(x, SHAPES[shape]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_more_items_than_programs(hopper, shape):
+    x = random_inputs(B=2, R=80, I=260, J=200, H=3, dtype=torch.bfloat16, device=hopper, key_term="mask")
+    check(x, fixed_shift(x, SHAPES[shape]))
+
+
+def _later_logits_far_above(x: Inputs) -> Inputs:
+    x.bias[..., 2, 150:] += 300.0
+    return x
+
+
+def _left_out(x: Inputs, keys: slice) -> Inputs:
+    B, R, J = x.k.shape[:3]
+    key_bias = torch.zeros((B, R, J), dtype=x.q.dtype, device=x.q.device)
+    key_bias[..., keys] = max(-1e9, torch.finfo(x.q.dtype).min)
+    return replace(x, key_bias=key_bias)
+
+
+def _first_keys_left_out(x: Inputs) -> Inputs:
+    """Not a reason to look again: a shift is taken without the key term."""
+    return _left_out(x, slice(0, 100))
+
+
+def _all_keys_left_out(x: Inputs) -> Inputs:
+    return _left_out(x, slice(None))
+
+
+def _first_keys_at_minus_infinity(x: Inputs) -> Inputs:
+    x.bias[..., 2, :100] = float("-inf")
+    return x
+
+
+def _all_at_minus_infinity(x: Inputs) -> Inputs:
+    x.bias[..., 2, :] = float("-inf")
+    return x
+
+
+def _far_from_zero(x: Inputs) -> Inputs:
+    x.bias[..., 2, :] = -20000.0
+    return x
+
+
+def _nan_in_q(x: Inputs) -> Inputs:
+    x.q[0, 1, 2] = float("nan")
+    return x
+
+
+def _infinite_bias(x: Inputs) -> Inputs:
+    x.bias[..., 2, 180] = float("inf")
+    return x
+
+
+def _infinite_v(x: Inputs) -> Inputs:
+    x.v[0, 1, 180] = float("inf")
+    return x
+
+
+# The change, and the rows r and queries i that are computed again.
+AGAIN = {
+    "later logits far above": (_later_logits_far_above, [0, 1, 2], [2]),
+    "first keys left out": (_first_keys_left_out, [], []),
+    "all keys left out": (_all_keys_left_out, [0, 1, 2], range(130)),
+    "first keys at -inf": (_first_keys_at_minus_infinity, [0, 1, 2], [2]),
+    "all at -inf": (_all_at_minus_infinity, [0, 1, 2], [2]),
+    "far from zero": (_far_from_zero, [0, 1, 2], [2]),
+    "NaN in q": (_nan_in_q, [1], [2]),
+    "infinite bias": (_infinite_bias, [0, 1, 2], [2]),
+    "infinite v": (_infinite_v, [1], range(130)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("change", AGAIN)
+def test_rows_that_need_another_shift(hopper, dtype, shape, change):
+    changed, rows, queries = AGAIN[change]
+    x = changed(random_inputs(R=3, I=130, J=260, dtype=dtype, device=hopper))
+    unsound = fixed_shift(x, SHAPES[shape])[2].isnan()
+    expected = torch.zeros_like(unsound)
+    for r in rows:
+        expected[:, r, :, list(queries)] = True
+    assert torch.equal(unsound, expected)
+    out, _, row_sum = launch(x, SHAPES[shape])
+    in_float32 = reference.forward(*x.to(torch.float32).op)
+    torch.testing.assert_close(out.float(), in_float32[0], rtol=2e-2, atol=2e-2, equal_nan=True)
+    assert torch.equal(row_sum.isnan(), in_float32[2].isnan())
+
+
+@pytest.mark.gpu
+def test_overflow_of_float16_is_noticed(hopper):
+    """At 12 above the shift a probability passes 65504, which bfloat16 has room for."""
+    x = random_inputs(R=3, I=130, J=260, dtype=torch.float16, device=hopper)
+    x.bias[..., 2, :] = 0.0
+    x.bias[..., 2, 150:] = 20.0
+    assert fixed_shift(x)[2].isnan()[..., 2].all()
+    assert fixed_shift(x.to(torch.bfloat16))[2].isfinite().all()
+    check(x, launch(x))
 
 
 @pytest.mark.gpu
@@ -103,7 +216,7 @@ def test_wholly_left_out_rows(hopper, amount):
     out, row_max, _ = launch(x)
     expected = reference.forward(*x.to(torch.float32).op)
     torch.testing.assert_close(out.float(), expected[0], rtol=2e-2, atol=2e-2, equal_nan=True)
-    assert torch.equal(row_max[0, 1], expected[1][0, 1])
+    torch.testing.assert_close(row_max[0, 1], expected[1][0, 1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
@@ -111,15 +224,9 @@ def test_backward_takes_its_statistics(hopper):
     x = random_inputs(R=4, I=256, J=256, dtype=torch.bfloat16, device=hopper, key_term="additive")
     ours = backward.launch(x.grad_out, *x.op[:6], *launch(x), x.scale, x.fill, x.key_term_first, True)
 
-    def gradients(forward_of: Callable[[Inputs], torch.Tensor], y: Inputs) -> tuple[torch.Tensor, ...]:
-        leaves = [t.detach().clone().requires_grad_() for t in (y.q, y.k, y.v, y.bias)]
-        out = forward_of(replace(y, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3]))
-        return torch.autograd.grad(out, leaves, y.grad_out)
-
-    in_eager = gradients(eager, x)
-    exact = gradients(lambda y: reference.forward(*y.op)[0], x.to(torch.float64))
-    for name, actual, theirs, wanted in zip(("q", "k", "v", "bias"), ours, in_eager, exact, strict=True):
-        assert_within_budget(actual, theirs, wanted, name=f"d{name}")
+    in_eager, exact = results(eager, x), results(eager, x.to(torch.float64))
+    for name, actual in zip(("dq", "dk", "dv", "dbias"), ours, strict=True):
+        assert_within_budget(actual, in_eager[name], exact[name], name=name)
 
 
 def test_other_devices_get_the_portable_kernel():
@@ -129,10 +236,9 @@ def test_other_devices_get_the_portable_kernel():
 
 @pytest.mark.parametrize("D", [16, 32, 64])
 def test_shapes_fit_into_shared_memory(D):
-    for J in range(1, 5000, 50):
-        shape = choice.shape_for(D, J)
-        assert shape.STAGES * shape.CHUNKS * choice.CHUNK_J * D * 4 <= 216 * 1024
-        assert shape.STAGES > 1 or shape.CHUNKS * choice.CHUNK_J >= J
+    # A KiB for barriers and for what the partitions are given.
+    assert choice.shape_for(D).shared_memory(D) + 1024 <= choice.SHARED_MEMORY
+    assert max(shape.shared_memory(32) for shape in SHAPES.values()) + 1024 <= choice.SHARED_MEMORY
 
 
 COMPILE = """
@@ -142,20 +248,27 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from trifast_inductor.kernels.triangle_attention import backward
-from trifast_inductor.kernels.triangle_attention.hopper import forward
+from trifast_inductor.kernels.triangle_attention.hopper import choice, forward
 
-box = [1, 1, 128, 1, 32]
-desc = f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
-constants = dict(D=32, BLOCK_J=64, CHUNK_J=128, CHUNKS=4, STAGES=1, KEY_TERM="none", NUM_WARPS=8)
-pointers = dict(q="*bf16", words="*i32", key="*fp32", flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
-types = {"k_desc": desc, "v_desc": desc, "scale": "fp32", "fill": "fp32"}
-types |= {f"{name}_ptr": kind for name, kind in pointers.items()} | {name: "constexpr" for name in constants}
+shape = choice.shape_for(32)
+stage_j, block_i = shape.TILES * shape.BLOCK_J, 16 * shape.NUM_WARPS
+
+def desc(kind, box, dtype):
+    return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+
 kernel = forward._triangle_attention_fwd_hopper
+constants = dict(D=32, KEY_TERM="add", **{k: v for k, v in vars(shape).items() if k in kernel.arg_names})
+keys = desc("bf16", [1, 1, stage_j, 1, 32], gl.bfloat16)
+types = {"k_desc": keys, "v_desc": keys, "q_desc": desc("bf16", [1, 1, block_i, 1, 32], gl.bfloat16)}
+types["words_desc"] = desc("i32", [block_i, shape.BLOCK_J // 2], gl.int32)
+pointers = dict(key="*bf16", flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
+types |= {"scale": "fp32", "fill": "fp32"} | {name: "constexpr" for name in constants}
+types |= {f"{name}_ptr": kind for name, kind in pointers.items()}
 signature = {name: types.get(name, "i32") for name in kernel.arg_names}
 aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
 source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 128})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": shape.NUM_WARPS})
+print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
 with tempfile.TemporaryDirectory() as folder:
     ptx = Path(folder, "kernel.ptx")
     ptx.write_text(compiled.asm["ptx"])
@@ -167,8 +280,13 @@ with tempfile.TemporaryDirectory() as folder:
 def test_products_stay_asynchronous():
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=300,
     )
-    assert "Used" in done.stdout, done.stderr
+    assert "Used 96 registers" in done.stdout, done.stdout + done.stderr  # five times 128 threads
     assert "serialized" not in done.stdout, done.stdout
-    assert "Used 128 registers" in done.stdout, done.stdout
+    left = int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1])
+    assert left >= 0, f"{-left} bytes of shared memory too many"

@@ -57,16 +57,23 @@ def test_opcheck_forward(bias: bool, key_term: str) -> None:
 
 @pytest.mark.parametrize("needs_dbias", [True, False])
 @pytest.mark.parametrize("key_term", ["none", "add", "select"])
-def test_opcheck_backward(key_term: str, needs_dbias: bool) -> None:
+@pytest.mark.parametrize("overload", [op.triangle_attention_gradients, op.triangle_attention_backward], ids=str)
+def test_opcheck_backward(overload: Any, key_term: str, needs_dbias: bool) -> None:
+    """All of opcheck's tests, on inputs that need no gradient: a derivative of the backward is a refusal."""
     given = arguments(torch.float32, key_term=key_term, requires_grad=False)
     out, row_max, row_sum = op.triangle_attention(*given)
     saved = (out, row_max, row_sum, needs_dbias)
-    # Its one derivative is a refusal, which has no fake to compare: everything but the autograd tests.
-    torch.library.opcheck(
-        op.triangle_attention_backward,
-        (torch.randn_like(out), *given, *saved),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    torch.library.opcheck(overload, (torch.randn_like(out), *given, *saved))
+
+
+def test_opcheck_of_the_backward_stops_at_its_refusal_only() -> None:
+    given = arguments(torch.float32, requires_grad=False)
+    saved = op.triangle_attention(*given)
+    call = (torch.randn_like(saved[0]).requires_grad_(), *given, *saved, True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op.triangle_attention_gradients, call, test_utils=tests)
+    with pytest.raises(Exception, match="differentiable once"):
+        torch.library.opcheck(op.triangle_attention_gradients, call, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["key-first", "bias-first"])
@@ -78,6 +85,58 @@ def test_gradcheck(key_term: str, first: bool) -> None:
         return op.triangle_attention(q, k, v, bias, *given[4:8], first)[0]
 
     assert torch.autograd.gradcheck(attention, given[:4])
+
+
+def test_gradcheck_of_a_bias_shared_over_the_batch() -> None:
+    """[1, H, I, J] expanded to the batch: its gradient is summed over both."""
+    given = arguments()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return op.triangle_attention(q, k, v, bias.expand(B, H, I, J), *given[4:])[0]
+
+    shared = given[3].detach()[:1].clone().requires_grad_()
+    assert torch.autograd.gradcheck(attention, (*given[:3], shared), fast_mode=True)
+
+
+@pytest.mark.parametrize("key_term", ["none", "add", "select"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_any_strides_of_the_gradient(dtype: torch.dtype, key_term: str) -> None:
+    """Expanded from one number, every second of a wider tensor, heads first: the same as a contiguous copy."""
+    given = arguments(dtype, key_term=key_term)
+    out = op.triangle_attention(*given)[0]
+    layouts = {
+        "expanded": torch.randn((), device=DEVICE).to(dtype).expand(out.shape),
+        "expanded over rows": torch.randn_like(out[:, :1]).expand(out.shape),
+        "sliced": torch.randn(*out.shape[:-1], 2 * D + 3, device=DEVICE).to(dtype)[..., 3::2],
+        "heads first": torch.randn_like(out.transpose(1, 3).contiguous()).transpose(1, 3),
+    }
+    for name, grad_out in layouts.items():
+        assert not grad_out.is_contiguous(), name
+        got = torch.autograd.grad(out, given[:4], grad_out, retain_graph=True)
+        want = torch.autograd.grad(out, given[:4], grad_out.contiguous(), retain_graph=True)
+        for g, w in zip(got, want, strict=True):
+            # A product over other strides may sum in another order.
+            torch.testing.assert_close(g, w, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_deterministic_as_it_is(dtype: torch.dtype) -> None:
+    """Two backward runs agree to the bit, and with `use_deterministic_algorithms`, which forbids nothing here."""
+    given = arguments(dtype, key_term="add")
+
+    def run() -> list[Tensor]:
+        out = op.triangle_attention(*given)[0]
+        return [out, *torch.autograd.grad(out, given[:4], torch.ones_like(out))]
+
+    first, second = run(), run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        asked = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for runs in zip(first, second, asked, strict=True):
+        assert torch.equal(runs[0], runs[1])
+        assert torch.equal(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=4)), ids=str)

@@ -1,5 +1,6 @@
 """Tuned tiles on disk: nothing is lost, nothing foreign is believed, and no fault is worse than a warning."""
 
+import errno
 import json
 import logging
 import os
@@ -101,6 +102,23 @@ def test_a_write_that_breaks_off_leaves_the_old_file(store: Path, monkeypatch: p
     assert not list(store.parent.glob(".*.tmp"))
 
 
+def test_a_full_disk_costs_one_warning_and_leaves_the_old_file(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tile_store.save(MACHINE, {"a": ENTRY})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert tile_store.save(MACHINE, {"b": ENTRY}) is None
+    assert tile_store.save(MACHINE, {"b": ENTRY}) is None
+    (record,) = caplog.records
+    assert "No space left" in record.getMessage()
+    assert tile_store.load(MACHINE) == {"a": ENTRY}
+    assert not list(store.parent.glob(".*.tmp"))
+
+
 def test_two_processes_at_once_lose_nothing(store: Path) -> None:
     """The store alone is loaded there: torch would take longer to import than all the writing takes."""
     program = """
@@ -115,7 +133,7 @@ for n in range(40):
     writers = [
         subprocess.Popen([sys.executable, "-c", program, str(tile_store.__file__), name]) for name in ("one", "two")
     ]
-    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=300) for writer in writers] == [0, 0]
     assert len(tile_store.load(MACHINE)) == 80
 
 

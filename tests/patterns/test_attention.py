@@ -1,6 +1,7 @@
 """Every spelling is rewritten and agrees with eager; every near miss is left alone, with its reason."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +15,23 @@ from .graphs import gradients, rewriting
 from .near_misses import NEAR_MISSES, NearMiss
 from .spellings import SPELLINGS, Projections, inputs
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_result_that_einsum_returns_as_it_is(B: int) -> None:
+    """Where B is 1 the strides of that axis are einsum's choice, and not those of the op."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        a = torch.einsum("brihd,brjhd->brhij", q * 0.3, k) + bias[:, None]
+        return torch.einsum("brhij,brjhd->brihd", a.softmax(-1), v)
+
+    q, k, v = torch.randn(3, B, 5, 6, 2, 8)
+    bias = torch.randn(B, 2, 6, 6)
+    expected = attend(q, k, v, bias)
+    actual = torch.compile(attend, backend=rewriting)(q, k, v, bias)
+    assert counters["trifast"] == {"rewritten": 1}
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -112,3 +124,44 @@ def test_a_failing_reading_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatc
     model, (x, mask) = SPELLINGS[0](), inputs(SPELLINGS[0])
     torch.testing.assert_close(torch.compile(model, backend=rewriting)(x, mask), model(x, mask))
     assert counters["trifast"] == {"declined": 1, f"declined: {Reason.UNREADABLE.slug}": 1}
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT + bias, -1) @ v
+
+
+def _query_turned(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q = torch.nn.functional.linear(x, torch.eye(8, dtype=x.dtype))
+    q.transpose_(2, 3)
+    return _attend(q, k, v, bias)
+
+
+def _alias_turned(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    q = x * 2
+    q.add_(1).transpose_(2, 3)
+    return _attend(q, k, v, bias)
+
+
+def _logits_turned_twice(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    logits = x.transpose(2, 3) @ k.mT + bias
+    logits.transpose_(-1, -2)
+    probabilities = torch.softmax(logits, -2)
+    probabilities.transpose_(-1, -2)
+    return probabilities @ v
+
+
+def _bias_unsqueezed(x: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    whole = bias.squeeze(1).clone()
+    whole.unsqueeze_(1)
+    return _attend(x.transpose(2, 3), k, v, whole)
+
+
+@pytest.mark.parametrize("N", [2, 5])  # as many keys as heads, where a mistaken axis has the right size
+@pytest.mark.parametrize("attend", [_query_turned, _alias_turned, _logits_turned_twice, _bias_unsqueezed])
+def test_tensors_that_change_their_shape_in_place(attend: Callable[..., Tensor], N: int) -> None:
+    x = torch.randn(2, 3, N, 2, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 3, 2, N, 8, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(2, 1, 2, N, N, dtype=torch.float64)
+    actual = torch.compile(attend, backend=rewriting)(x, k, v, bias)
+    assert counters["trifast"] == {"rewritten": 1}
+    torch.testing.assert_close(actual, attend(x, k, v, bias))

@@ -76,3 +76,46 @@ def test_what_cannot_be_rerun_is_an_input_that_may_have_been_written() -> None:
     assert [n.op for n in reading.unread] == ["call_function"]
     x = next(n for n in gm.graph.nodes if n.op == "placeholder")
     assert reading.written_between(reading.outputs_of[x], 0, 10**6)
+
+
+def test_a_tensor_that_changes_its_shape_in_place_is_run_again() -> None:
+    """The tracer recorded it with the shape that it has at the end."""
+
+    def f(x, w):
+        y = torch.nn.functional.linear(x, w) * 2
+        y.transpose_(1, 2)
+        return y + 1
+
+    gm, reading = read(f, torch.randn(2, 3, 4), torch.randn(5, 4))
+    assert reading.outputs_of[node(gm, "y")].shape == (2, 3, 5)
+    assert reading.outputs_of[node(gm, "add")].shape == (2, 5, 3)
+    (linear,) = (op for op in reading.ops if packet(op) is aten.linear)
+    assert linear.outputs[0].shape == (2, 3, 5)
+
+
+def test_two_nodes_with_one_recorded_result_are_two_values() -> None:
+    """As where a pass of the user's copied a node's meta."""
+    gm = captured(lambda x: (x * 2, x * 3), torch.randn(4))
+    twice, thrice = node(gm, "mul"), node(gm, "mul_1")
+    thrice.meta = dict(twice.meta)
+    reading = canonical.read(gm.graph)
+    assert reading.outputs_of[twice].op.args[1] == 2
+    assert reading.outputs_of[thrice].op.args[1] == 3
+    assert reading.outputs_of[twice].tensor is not reading.outputs_of[thrice].tensor
+
+
+def test_an_old_call_with_a_factor_is_no_plain_sum() -> None:
+    _, reading = read(lambda x, y: torch.add(x, 2, y), torch.randn(4), torch.randn(4))
+    (sum_,) = (op for op in reading.ops if packet(op) is aten.add)
+    assert (sum_.args[1].shape, sum_.kwargs) == ((4,), {"alpha": 2})
+
+
+def test_only_torchs_own_functions_are_taken_for_plain_ops() -> None:
+    """A function of the user's that Dynamo may call may have any name."""
+
+    @torch._dynamo.allow_in_graph
+    def add(x, y):
+        return x * y
+
+    _, reading = read(lambda x: add(x, x), torch.randn(4))
+    assert [packet(op) for op in reading.ops] == [aten.mul]

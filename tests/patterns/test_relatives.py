@@ -10,12 +10,10 @@ from .graphs import gradients, rewriting
 from .relatives import RELATIVES, Relative
 
 
+@pytest.mark.usefixtures("compiled_afresh")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("relative", RELATIVES, ids=lambda r: r.__name__)
 def test_relative_is_rewritten_and_agrees(relative: type[Relative], dynamic: bool) -> None:
-    torch._dynamo.reset()
-    counters.clear()
-    torch.manual_seed(0)
     model = relative().double()
     inputs = relative.example(2, 12, torch.float64)
     expected = gradients(copy.deepcopy(model), *inputs)

@@ -2,7 +2,8 @@
 
 The bias is divided by the scale and stored tile by tile in the order in which a warpgroup's accumulators lie in
 registers, so that each thread loads 16 bytes and the first product starts from them: no layout conversion, no
-addition, no test for the end of the keys (a key past the end has a bias of -inf).
+addition, no test for the end of the keys (a key past the end has a bias that no row survives). Of the two bfloat16 in
+a word one is the word itself, read as float32.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -38,50 +39,65 @@ def _bias_tiles(
     ptrs = bias_ptr + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     bias = tl.load(ptrs, mask=in_range, other=0.0).to(tl.float32)
     x = bias * inverse_scale
-    # A finite bias stays finite: a row of the lowest float is uniform, a row of -inf is not.
     dtype: tl.constexpr = bias_ptr.dtype.element_ty
-    largest: tl.constexpr = 3.3e38 if dtype == tl.bfloat16 else 65504.0
-    x = tl.where(tl.abs(bias) < float("inf"), tl.minimum(tl.maximum(x, -largest), largest), bias)
-    x = tl.where((j < J)[None, :], x, float("-inf")).to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+    # Where a bias is out of range, so is its logit, and the row's sum or shift shows it.
+    if dtype == tl.bfloat16:
+        # All finite, since a high half is read together with the low half below it.
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -3.3e38), 3.3e38), x)
+        x = tl.where((j < J)[None, :], x, -3.3e38)
+    else:
+        x = tl.where((j < J)[None, :], x, float("-inf"))
     # A warp holds 16 rows, a lane two of them, 8 apart, and pairs of columns; words join columns 8 apart.
     x = x.reshape([BLOCK_I // 16, 2, 8, BLOCK_J // 16, 2, 4, 2]).permute([3, 0, 2, 5, 1, 6, 4])
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     high, low = x.reshape([WORDS, 2]).split()
-    tl.store(tiles_ptr + tile.to(tl.int64) * WORDS + tl.arange(0, WORDS), (high << 16) | low)
+    if dtype == tl.bfloat16:
+        high, low = high.to(tl.uint32, bitcast=True), low.to(tl.uint32, bitcast=True)
+        # The NaN with all bits set, as a multiplication leaves it, would be rounded to zero.
+        size = tl.minimum(low & 0x7FFFFFFF, 0x7FC00000)
+        low = (low & 0x80000000 | size + 0x8000) >> 16
+        # The whole word is the float32 nearest to the value among those that end in these bits: as near as bfloat16.
+        size = tl.minimum(high & 0x7FFFFFFF, 0x7FC00000)
+        high = high & 0x80000000 | (tl.maximum(size + 0x8000, low) - low) & 0xFFFF0000
+    else:
+        low = low.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = high.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    word = (high | low).to(tl.int32, bitcast=True)
+    tl.store(tiles_ptr + tile.to(tl.int64) * WORDS + tl.arange(0, WORDS), word)
 
 
 @triton.jit
 def _key_flags(
     key_ptr,
-    flags_ptr,  # [B, R, tiles_j]
+    flags_ptr,  # [B, R, stages]
     stride_b: tl.int64,
     stride_r: tl.int64,
     stride_j: tl.int64,
     R,
     J,
-    tiles_j,
-    BLOCK_J: tl.constexpr,
+    stages,
+    STAGE_J: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    br = tile // tiles_j
-    j = tile % tiles_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    stage = tl.program_id(0)
+    br = stage // stages
+    j = stage % stages * STAGE_J + tl.arange(0, STAGE_J)
     key_ptr += (br // R).to(tl.int64) * stride_b + (br % R).to(tl.int64) * stride_r
     key = tl.load(key_ptr + j.to(tl.int64) * stride_j, mask=j < J, other=0)
-    tl.store(flags_ptr + tile, tl.max((key != 0).to(tl.int32), 0))
+    tl.store(flags_ptr + stage, tl.max((key != 0).to(tl.int32), 0))
 
 
 def tiles(bias: Tensor, scale: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> Tensor:
-    """A 16-bit bias over the scale, in int32 words of two; with two tiles more, since the kernel reads ahead."""
+    """A 16-bit bias over the scale, in int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
     B, H, I, J = bias.shape
     count = B * H * tiles_i * tiles_j
-    words = torch.empty((count + 2) * BLOCK_I * BLOCK_J // 2, dtype=torch.int32, device=bias.device)
+    words = torch.empty((count * BLOCK_I, BLOCK_J // 2), dtype=torch.int32, device=bias.device)
     _bias_tiles[(count,)](bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, 1 / scale, BLOCK_I, BLOCK_J)
     return words
 
 
-def key_flags(key: Tensor, tiles_j: int, BLOCK_J: int) -> Tensor:
-    """1 where some key of a tile is masked; one flag more than there are, as above."""
+def key_flags(key: Tensor, stages: int, STAGE_J: int) -> Tensor:
+    """1 where some key of a stage has a key term; one flag more than there are, since the kernel reads ahead."""
     B, R, J = key.shape
-    flags = torch.empty(B * R * tiles_j + 1, dtype=torch.int32, device=key.device)
-    _key_flags[(B * R * tiles_j,)](key, flags, *key.stride(), R, J, tiles_j, BLOCK_J)
+    flags = torch.empty(B * R * stages + 1, dtype=torch.int32, device=key.device)
+    _key_flags[(B * R * stages,)](key, flags, *key.stride(), R, J, stages, STAGE_J)
     return flags

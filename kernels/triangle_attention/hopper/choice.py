@@ -7,38 +7,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_J = 128  # keys of one copy into shared memory
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-_SHORTEST = 192  # keys: below it a call takes as long as its launches, of which there are three here
-_SHARED_MEMORY = 216 * 1024  # bytes for k and v; 227 KiB a program may have, the rest is for barriers and ones
+_SHORTEST = 192  # keys: below it a call takes as long as its launches, of which there are four here
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Parameters of `_triangle_attention_fwd_hopper` and its launch, named as they are there."""
+    """Parameters of `_triangle_attention_fwd_hopper` and its launch, named as they are there.
 
-    BLOCK_J: int
-    CHUNKS: int
-    STAGES: int
-    NUM_WARPS: int
-    maxnreg: int = 128  # 16 warps of a multiprocessor
+    Through L2 go, for each logit, 2/ROWS bytes of bias and 4·D/(BLOCKS·16·NUM_WARPS) of k and v.
+    """
+
+    ROWS: int = 2
+    BLOCKS: int = 1
+    NUM_WARPS: int = 8
+    BLOCK_J: int = 64
+    TILES: int = 2
+    STAGES: int = 3
+    NEXT_FIRST: bool = False  # two programs a multiprocessor have registers for it, two partitions have not
+    SUM_BY_PRODUCT: bool = True
+    Q_IN_REGISTERS: bool = False
+    REGISTERS: int = 112  # of the partitions but the first, which has what they leave
+    PROGRAMS: int = 1  # a multiprocessor
+    maxnreg: int | None = None  # at the start of a program, which decides how many there is room for
+
+    def shared_memory(self, D: int) -> int:
+        """Bytes for q, k, v, words of the bias and ones; barriers, and what partitions are given, come on top."""
+        BLOCK_I, STAGE_J = 16 * self.NUM_WARPS, self.TILES * self.BLOCK_J
+        stage = 2 * self.ROWS * STAGE_J * D + self.BLOCKS * BLOCK_I * STAGE_J
+        return 2 * (2 * self.ROWS * self.BLOCKS * BLOCK_I * D + self.STAGES * stage + 8 * self.BLOCK_J)
 
 
-def shape_for(D: int, J: int) -> Shape:
-    """Whole rows of k and v where they fit: twice in a multiprocessor, or else once with twice the warps."""
-    row_chunks = -(-J // CHUNK_J)
-    chunk_bytes = 2 * CHUNK_J * D * 2
-    # At D=64 a tile of 64 keys lacks registers as soon as there is a key term, and ptxas waits after each product.
-    BLOCK_J = 64 if D <= 32 else 32
-    # Few sizes, so that few kernels are compiled.
-    for chunks in (1, 2, 3, 4, 6, 8, 12, 16, 24):
-        if chunks < row_chunks:
-            continue
-        if chunks * chunk_bytes <= _SHARED_MEMORY // 2 and D <= 32:
-            return Shape(BLOCK_J, chunks, STAGES=1, NUM_WARPS=8)
-        if chunks * chunk_bytes <= _SHARED_MEMORY:
-            return Shape(BLOCK_J, chunks, STAGES=1, NUM_WARPS=16)
-    return Shape(BLOCK_J, CHUNKS=_SHARED_MEMORY // chunk_bytes // 2, STAGES=2, NUM_WARPS=16)
+def shape_for(D: int) -> Shape:
+    """Four warpgroups, of two rows by two blocks of queries; three where the accumulators are twice as large."""
+    if D <= 32:
+        return Shape()
+    return Shape(ROWS=3, NUM_WARPS=4, TILES=1, REGISTERS=128)
 
 
 @functools.cache
@@ -90,6 +95,6 @@ def refusal(
         return "the bias is divided by the scale, which is not positive"
     if key_mask is not None and key_term_first and fill > -1e30:
         return "the bias is added to a fill that does not swallow it"
-    if q.stride(-1) != 1 or not (_copied_by_engine(k) and _copied_by_engine(v)):
+    if not all(map(_copied_by_engine, (q, k, v))):
         return "q, k or v has rows that are not dense or not on 16 bytes"
     return gluon_refusal()

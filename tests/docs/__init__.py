@@ -1,0 +1,1 @@
+"""Tests of README.md and docs/: blocks, recipes, generated pages, the site."""

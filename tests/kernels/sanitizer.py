@@ -1,0 +1,69 @@
+"""Launches for CUDA's compute-sanitizer: `python -m tests.kernels.sanitizer {memcheck,racecheck,initcheck,synccheck}`.
+
+Runs itself under the tool, with an allocation of its own for every tensor, and exits with the tool's error. Small
+sizes, odd and even, every kernel and every way to read a key term; a few minutes in all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from trifast_inductor.kernels.triangle_attention import op
+from trifast_inductor.testing import KEY_TERMS, random_inputs, results
+
+INSIDE = "TRIFAST_UNDER_SANITIZER"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def launches() -> int:
+    """Forward and backward over the grid; how many."""
+    count = 0
+    for dtype, N, D in itertools.product((torch.bfloat16, torch.float32), (16, 33, 64, 100), (16, 32, 128)):
+        key_term = KEY_TERMS[count % len(KEY_TERMS)]
+        x = random_inputs(
+            B=1,
+            R=5,
+            I=N,
+            J=N + 7 * (count % 2),
+            H=2,
+            D=D,
+            dtype=dtype,
+            device="cuda",
+            key_term=key_term,
+            key_term_first=count % 3 == 0,
+            has_bias=count % 5 != 0,
+        )
+        found = results(lambda *arguments: op.triangle_attention(*arguments)[0], x)
+        torch.cuda.synchronize()
+        assert all(t.isfinite().all() for t in found.values()), (dtype, N, D, key_term)
+        count += 1
+    return count
+
+
+def main() -> int:
+    if os.environ.get(INSIDE):
+        print(f"{launches()} cases, forward and backward, on {torch.cuda.get_device_name()}")
+        return 0
+    tool = sys.argv[1] if len(sys.argv) == 2 else ""
+    if tool not in TOOLS:
+        print(f"usage: python -m tests.kernels.sanitizer {{{','.join(TOOLS)}}}", file=sys.stderr)
+        return 2
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not os.path.exists(sanitizer):
+        print("compute-sanitizer is not on the path: it is part of the CUDA toolkit", file=sys.stderr)
+        return 2
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"]
+    environ = {**os.environ, INSIDE: "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(
+        [*command, sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"], env=environ
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

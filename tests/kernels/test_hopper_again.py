@@ -1,0 +1,65 @@
+"""What surrounds the Hopper forward in plain Triton: the words of the bias, and the blocks computed again."""
+
+import pytest
+import torch
+
+from trifast_inductor.kernels.triangle_attention import reference
+from trifast_inductor.testing import assert_within_budget, eager, random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention.hopper import again, bias
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_only_blocks_with_a_nan_are_computed_again(device, key_term):
+    x = random_inputs(R=2, I=130, J=70, H=2, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
+    out = torch.full((1, 2, 130, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
+    row_max = torch.full((1, 2, 2, 130), 7.0, device=device)
+    row_sum = row_max.clone()
+    done = torch.zeros(row_sum.shape, dtype=torch.bool)
+    row_sum[0, 0, 1, 100] = row_sum[0, 1, 0, 129] = float("nan")
+    done[0, 0, 1, 64:128] = done[0, 1, 0, 128:] = True
+    again.launch(*x.op[:6], out, row_max, row_sum, *x.op[6:])
+
+    exact = reference.forward(*x.to(torch.float64).op)
+    rows = done.transpose(2, 3)
+    assert_within_budget(out[rows], eager(*x.op)[rows], exact[0][rows])
+    torch.testing.assert_close(row_max[done].double(), exact[1][done], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(row_sum[done].double(), exact[2][done], rtol=1e-4, atol=0)
+    for tensor, kept in ((out, ~rows), (row_max, ~done), (row_sum, ~done)):
+        assert (tensor[kept] == 7).all()
+
+
+def _unpacked(words: torch.Tensor, dtype: torch.dtype, heads: int, tiles_i: int, tiles_j: int) -> torch.Tensor:
+    """`[heads, I, J]` in float32 as the kernel reads it, of tiles of 64 by 64."""
+    words = words.view(heads, tiles_i, tiles_j, 4, 4, 8, 4, 2, 2)  # 16 columns, warp, lane, rows 8 apart, two columns
+    if dtype == torch.bfloat16:
+        high, low = words.view(torch.float32), (words << 16).view(torch.float32)
+    else:
+        high = (words >> 16).to(torch.int16).view(torch.float16).float()
+        low = words.to(torch.int16).view(torch.float16).float()
+    x = torch.stack([high, low], -1).permute(0, 1, 4, 7, 5, 2, 3, 9, 6, 8)
+    return x.reshape(heads, 64 * tiles_i, 64 * tiles_j)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_words_hold_the_bias_over_the_scale(device, dtype):
+    given = 3 * torch.randn((1, 2, 70, 150), generator=torch.Generator().manual_seed(0))
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), float("-inf"), 3e38, -3e38])
+    given[0, 0, 0, :7] = special
+    given[0, 0, 1, 8:15] = special  # in the other half of a word
+    given = given.to(dtype).to(device)
+    scale = 32**-0.5
+    x = _unpacked(bias.tiles(given, scale, 2, 4, 64, 64), dtype, 2, 2, 4).cpu()
+
+    wanted = given[0].float().cpu() / scale
+    close = wanted.abs() < 1e38
+    error = (x[:, :70, :150] - wanted).abs()[close]
+    # Rounded once, whichever half of a word it is in.
+    assert (error <= torch.finfo(dtype).eps / 2 * wanted[close].abs() + 1e-7).all()
+    for specials in (x[0, 0, :7], x[0, 1, 8:15]):
+        assert specials[2].isnan()
+        assert specials[[3, 5]].min() > 3.2e38
+        assert specials[[4, 6]].max() < -3.2e38
+    # A key past the end has no weight; a word must not turn it into a NaN.
+    assert x[:, :70, 150:].max() < -3.2e38
