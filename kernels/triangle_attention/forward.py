@@ -3,9 +3,12 @@
     x = scale·⟨q, k⟩ + bias (⊕ key term), out = Σ_j softmax_j(x) · v
 
 Source: Jumper et al. 2021, Supplementary Algorithms 13 and 14; the softmax is summed as in Dao et al. 2022,
-Algorithm 1. The portable path: no layout, size or architecture is assumed beyond what `op.py` states.
+Algorithm 1. The portable path: no layout, size or architecture is assumed beyond what `op.py` states. On Hopper
+`launch` hands long sequences of 16 bits to `hopper/forward.py`; `hopper/choice.py` says which.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +18,7 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments, tiling, validation
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
@@ -165,13 +169,33 @@ class _Plan:
     ) -> None:
         validation.check_op(q, k, v, bias, key_bias, key_mask)
         B, R, I, H, D = q.shape
-        J = k.shape[2]
         self.out_shape = (B, R, I, H, D)
         self.statistics_shape = (B, R, H, I)
-        self.has_no_keys = J == 0
+        self.has_no_keys = k.shape[2] == 0
         self.is_empty = self.has_no_keys or 0 in self.out_shape
-        if self.is_empty:
-            return
+        self.on_hopper = (
+            not self.is_empty and hopper.refusal(q, k, v, bias, key_mask, scale, fill, key_term_first) is None
+        )
+        self.portable: _Portable | None = None  # once it is asked for
+
+
+class _Portable:
+    """The portable kernel for such shapes, with a bias that it can read."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+    ) -> None:
+        B, R, I, H, _ = q.shape
+        J = k.shape[2]
         self.aligned = AlignedRows(bias)
         shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
@@ -181,6 +205,16 @@ class _Plan:
 
 
 _plans: Plans[_Plan] = Plans()
+
+
+def _planned(*given: Any) -> _Plan:
+    q, k, v, bias, key_bias, key_mask, *numbers = given
+    key = (signature(q, k, v, bias, key_bias, key_mask), *numbers, float32_precision(q.dtype))
+    plan = _plans.get(key)
+    if plan is None:
+        with on_device_of(q):
+            plan = _plans.add(key, _Plan(*given))
+    return plan
 
 
 def launch(
@@ -196,15 +230,45 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out `[B, R, I, H, D]`, and row maximum and row sum `[B, R, H, I]` in float32, all contiguous.
 
+    The row maximum may be another value of the size of a row's logits, with a row sum to match: the backward asks no
+    more of it. It is -inf where, and only where, all logits of a row are.
+
     Checks what it takes, which may have any strides, the first time that it meets such shapes. No keys at all: out
     and row sum are 0, row maximum -inf.
     """
     given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    key = (signature(q, k, v, bias, key_bias, key_mask), scale, fill, key_term_first, float32_precision(q.dtype))
-    plan = _plans.get(key)
-    if plan is None:
-        with on_device_of(q):
-            plan = _plans.add(key, _Plan(*given))
+    plan = _planned(*given)
+    if plan.on_hopper and bias is not None and hopper.gluon_refusal() is None:
+        from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
+
+        try:
+            return on_hopper.launch(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Gluon is experimental: a version of Triton that compiles it no more must not stop a model.
+            hopper.give_up(error)
+    return _run(plan, *given)
+
+
+def portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `launch`, by the kernel of this file whatever the device; the row maximum is the maximum."""
+    given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    return _run(_planned(*given), *given)
+
+
+def _run(plan: _Plan, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, bias, key_bias, key_mask, *_ = given
     out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
     row_max = torch.empty(plan.statistics_shape, dtype=torch.float32, device=q.device)
     row_sum = torch.empty_like(row_max)
@@ -213,6 +277,8 @@ def launch(
             return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
         return out, row_max, row_sum
     with on_device_of(q):
+        if plan.portable is None:
+            plan.portable = _Portable(*given)
         key_term = key_bias if key_mask is None else key_mask
-        plan.run(q, k, v, plan.aligned(bias), key_term, out, row_max, row_sum)
+        plan.portable.run(q, k, v, plan.portable.aligned(bias), key_term, out, row_max, row_sum)
     return out, row_max, row_sum

@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 
 def small(**changes: object) -> Case:
-    sizes = {"N": 6, "D": 8, "H": 2, "B": 2, "dtype": torch.float32, "mask": True, "layout": "friendly"}
+    sizes = {"N": 6, "D": 8, "H": 2, "B": 2, "dtype": torch.float32, "mask": "padding", "layout": "friendly"}
     return Case(**(sizes | changes))  # type: ignore[arg-type]
 
 

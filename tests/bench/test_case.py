@@ -1,5 +1,6 @@
 """Inputs: the same values for every peer, in the strides that a layout promises."""
 
+import pytest
 import torch
 
 from tests.bench.conftest import CPU, small
@@ -41,12 +42,14 @@ def test_a_model_gives_views_of_projections_and_takes_a_gate() -> None:
     torch.testing.assert_close(out, torch.sigmoid(inputs.leaves[4]) * inputs.leaves[2])
 
 
-def test_no_row_is_wholly_masked_and_few_keys_are() -> None:
-    mask = draw(small(N=64), "bhrid", CPU, seed=0).mask
+@pytest.mark.parametrize("kind", ["padding", "random"])
+def test_no_row_is_wholly_masked_and_few_keys_are(kind: str) -> None:
+    mask = draw(small(N=64, mask=kind), "bhrid", CPU, seed=0).mask
     assert mask is not None
     assert not mask.all(-1).any()
     assert 0.05 < mask.float().mean() < 0.15
-    assert draw(small(mask=False), "bhrid", CPU, seed=0).mask is None
+    assert (mask[..., :-6].any().item(), mask[..., -6:].all().item()) == (kind == "random", kind == "padding")
+    assert draw(small(mask="none"), "bhrid", CPU, seed=0).mask is None
 
 
 def test_input_bytes_counts_what_is_drawn(case: Case) -> None:

@@ -20,7 +20,7 @@ def test_every_figure_of_a_peer_that_works(case: Case) -> None:
     missing = [name for name, value in dataclasses.asdict(row).items() if value is None]
     assert missing == ["forward_mib", "step_mib", "forward_floor_ms", "backward_floor_ms"]
     assert row.note == ""
-    assert row.group == f"B2-H2-D8-float32-mask-{case.layout}"
+    assert row.group == f"B2-H2-D8-float32-padding-{case.layout}"
 
 
 def test_a_peer_without_a_backward_keeps_its_forward() -> None:

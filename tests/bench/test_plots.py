@@ -15,10 +15,10 @@ ROWS = [row(small(N=N), "ours", forward_device_ms=N / 10, forward_floor_ms=N / 2
 
 def test_one_png_for_each_group(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = plots.plot([*ROWS, row(small(mask=False), "eager")], tmp_path, "a GPU")
+    paths = plots.plot([*ROWS, row(small(mask="none"), "eager")], tmp_path, "a GPU")
     assert [path.name for path in paths] == [
-        "B2-H2-D8-float32-mask-friendly.png",
-        "B2-H2-D8-float32-nomask-friendly.png",
+        "B2-H2-D8-float32-padding-friendly.png",
+        "B2-H2-D8-float32-none-friendly.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

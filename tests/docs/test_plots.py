@@ -31,18 +31,19 @@ def test_what_the_bench_draws_drops_in(tmp_path: Path) -> None:
         "float32",
         "--peers",
         "ours,eager",
-        "--both-masks",
+        "--mask",
+        "padding,none",
     ]
     assert main([*bench, "--device", "cpu", "--plot", "--out", str(out)]) == 0
     shutil.copytree(out, tmp_path / "cpu")
     readme = plots.rendered(tmp_path, "docs/benchmarks/", first_only=True)
     assert re.findall(r"\]\((.*?)\)", readme) == [
-        "docs/benchmarks/nvidia-h200/B1-H1-D8-float32-mask-friendly.png",
+        "docs/benchmarks/nvidia-h200/B1-H1-D8-float32-padding-friendly.png",
         "docs/benchmarks/nvidia-h200/attention.md",
     ]
     assert "`python -m trifast_inductor bench --quick" in readme
     page = plots.rendered(tmp_path, "", first_only=False)
-    assert page.count(".png)") == 4  # masked and not, for each of two devices
+    assert page.count(".png)") == 4  # with a mask and without, for each of two devices
     assert plots.rendered(tmp_path / "nowhere", "", first_only=False) == plots.NOTHING
 
 

@@ -24,7 +24,8 @@ class TiedRows(Mutated):
     """The logits are averaged over the rows."""
 
     def changed(self, t: Tensor, place: str) -> Tensor:
-        return t.mean(self.axis("r"), keepdim=True).expand_as(t) if place == "logits" else t
+        # A copy: eager itself fails on a mask that is filled in place into an expanded tensor.
+        return t.mean(self.axis("r"), keepdim=True).expand_as(t).clone() if place == "logits" else t
 
 
 class LogitsRead(Mutated):

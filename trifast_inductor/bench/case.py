@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("friendly", "model")
+MASKS = ("padding", "random", "none")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODEL_AXES = "brihd"  # a projection [B, N, N, H·D], its last axis split into heads
 
@@ -24,7 +25,7 @@ class Case:
     H: int
     B: int
     dtype: torch.dtype
-    mask: bool
+    mask: str
     layout: str
 
     @property
@@ -67,8 +68,11 @@ def draw(case: Case, axes: str, device: torch.device, seed: int) -> InputSet:
     large = [normal(B, N, N, H * D) for _ in range(4)]
     bias = normal(B, N, N, H)
     mask = None
-    if case.mask:
-        # A tenth of the keys of each row at random, never all of them: nobody can skip whole tiles.
+    if case.mask == "padding":
+        # The last tenth of the residues is none: as a crop or a batch of several lengths is filled up.
+        mask = (torch.arange(N, device=device) >= max(1, round(0.9 * N))).expand(B, N, N).contiguous()
+    elif case.mask == "random":
+        # A tenth of the keys of each row, never all of them: nobody can pass over whole tiles.
         mask = torch.rand((B, N, N), generator=generator, device=device) < 0.1
         mask[..., 0] = False
     if case.layout == "model":

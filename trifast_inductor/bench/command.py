@@ -16,7 +16,7 @@ import torch
 from trifast_inductor import progress
 from trifast_inductor.bench import environment, module_command, plots, tables
 from trifast_inductor.bench.accuracy import Exact, exact_fits
-from trifast_inductor.bench.case import DTYPES, LAYOUTS, Case
+from trifast_inductor.bench.case import DTYPES, LAYOUTS, MASKS, Case
 from trifast_inductor.bench.measure import Row, compile_only, measure, row
 from trifast_inductor.bench.peers import PEERS
 from trifast_inductor.bench.prepare import compile_ahead
@@ -131,11 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--h", type=integers, default=[4], help="heads")
     add("--b", type=integers, default=[1], help="batch")
     add("--dtype", type=names(list(DTYPES)), default=["bfloat16"], help=f"{', '.join(DTYPES)} or all")
-    masks = parser.add_mutually_exclusive_group()
-    masks.add_argument("--mask", dest="mask", action="store_const", const=[True], help="with masked keys only")
-    masks.add_argument("--no-mask", dest="mask", action="store_const", const=[False], help="without a mask only")
-    masks.add_argument("--both-masks", dest="mask", action="store_const", const=[True, False])
-    parser.set_defaults(mask=[True])
+    add("--mask", type=names(MASKS), default=["padding"], help=f"keys left out: {', '.join(MASKS)} or all")
     add("--layout", type=names(LAYOUTS), default=["friendly"], help="friendly, model or all")
     add("--peers", type=names(list(PEERS)), default=list(PEERS), help=f"{', '.join(PEERS)} or all")
     add("--quick", action="store_true", help="two sizes and short clocks: does it work?")

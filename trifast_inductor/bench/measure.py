@@ -32,7 +32,7 @@ class Row:
     D: int
     N: int
     dtype: str
-    mask: bool
+    mask: str
     layout: str
     forward_device_ms: float | None = None
     backward_device_ms: float | None = None
@@ -51,8 +51,7 @@ class Row:
     @property
     def group(self) -> str:
         """All that was given but N, as a file name: the rows of a group share a table and a plot."""
-        mask = "mask" if self.mask else "nomask"
-        return f"B{self.B}-H{self.H}-D{self.D}-{self.dtype}-{mask}-{self.layout}"
+        return f"B{self.B}-H{self.H}-D{self.D}-{self.dtype}-{self.mask}-{self.layout}"
 
 
 def row(case: Case, peer: str, **figures: Any) -> Row:

@@ -1,1 +1,1 @@
-"""Kernels for Hopper alone. `forward.launch` does not choose them yet: docs/benchmarks/log-hopper.md says why."""
+"""Kernels for Hopper alone, in Gluon. `choice.py` says when `forward.launch` takes them."""

@@ -2,13 +2,19 @@
 
 import functools
 import importlib
+import logging
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-_SHORTEST = 192  # keys: below it a call takes as long as its launches, of which there are four here
+# Keys. Measured: a quarter faster than the portable kernel at 512, slower at 256 with a key term; between, a guess.
+_SHORTEST = 384
+_FEWEST_ITEMS = 512  # blocks of queries, about four for each multiprocessor: a guess
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
 
@@ -27,7 +33,7 @@ class Shape:
     STAGES: int = 3
     NEXT_FIRST: bool = False  # two programs a multiprocessor have registers for it, two partitions have not
     SUM_BY_PRODUCT: bool = True
-    Q_IN_REGISTERS: bool = False
+    Q_IN_REGISTERS: bool = True
     REGISTERS: int = 112  # of the partitions but the first, which has what they leave
     PROGRAMS: int = 1  # a multiprocessor
     maxnreg: int | None = None  # at the start of a program, which decides how many there is room for
@@ -46,14 +52,29 @@ def shape_for(D: int) -> Shape:
     return Shape(ROWS=3, NUM_WARPS=4, TILES=1, REGISTERS=128)
 
 
-@functools.cache
+_broken: str | None = None
+
+
 def gluon_refusal() -> str | None:
-    """Gluon is experimental: a version of Triton without what the kernel needs serves the portable kernel."""
+    """Gluon is experimental: with a version of Triton that lacks what the kernel needs, the portable kernel serves."""
+    return _broken or _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
     try:
         importlib.import_module("trifast_inductor.kernels.triangle_attention.hopper.forward")
     except (ImportError, AttributeError) as error:
         return f"this version of Triton has no Gluon that fits: {error}"
     return None
+
+
+def give_up(error: Exception) -> None:
+    """The kernel of Hopper is not tried again in this process; says so once."""
+    global _broken
+    if _broken is None:
+        _broken = f"Triton could not run the kernel for Hopper: {error}"
+        log.warning("%s; the portable kernel runs instead, which is slower", _broken)
 
 
 @functools.cache
@@ -81,12 +102,18 @@ def refusal(
     """Why only the portable kernel serves this call, or None where the Hopper one can."""
     if q.device.type != "cuda" or not _is_hopper(q.device.index):
         return "the device is no Hopper"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Gluon has no interpreter"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{q.dtype} is not a 16-bit float"
     if q.shape[-1] not in _HEADS:
         return f"D={q.shape[-1]} is not in {_HEADS}"
+    B, R, I, H, _ = q.shape
     if k.shape[2] < _SHORTEST:
         return f"{k.shape[2]} keys are fewer than {_SHORTEST}"
+    items = B * R * H * -(-I // 128)
+    if items < _FEWEST_ITEMS:
+        return f"{items} blocks of queries are fewer than {_FEWEST_ITEMS}"
     if bias is None:
         return "there is no bias"
     if bias.dtype != q.dtype:

@@ -1,0 +1,123 @@
+"""Which forward runs: the one for Hopper where it may, the portable one elsewhere and when the other fails."""
+
+import logging
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from trifast_inductor.testing import assert_within_budget, eager, random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention import forward, reference
+from trifast_inductor.kernels.triangle_attention.hopper import choice
+
+if choice.gluon_refusal() is not None:
+    pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
+
+
+def long_inputs(device="cpu", **options):
+    """Just what the Hopper kernel takes."""
+    given = {"R": 48, "I": 384, "J": 384, "H": 4, "D": 32, "dtype": torch.bfloat16, **options}
+    return random_inputs(B=1, device=device, **given)
+
+
+def refusal(x):
+    op = x.op
+    return choice.refusal(*op[:4], *op[5:])
+
+
+class OnOneHopper:
+    """Tensors of the CPU, looked at as if they lay on a Hopper GPU."""
+
+    def __init__(self, tensor):
+        self._tensor = tensor
+
+    device = torch.device("cuda", 0)
+
+    def __getattr__(self, name):
+        return getattr(self._tensor, name)
+
+
+@pytest.fixture
+def a_hopper(monkeypatch):
+    monkeypatch.setattr(choice, "_is_hopper", lambda device: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def refusal(x):
+        q, k, v, bias, _, key_mask, *numbers = x.op
+        return choice.refusal(OnOneHopper(q), k, v, bias, key_mask, *numbers)
+
+    return refusal
+
+
+REFUSED = {
+    "float32": ({"dtype": torch.float32}, "16-bit"),
+    "head size": ({"D": 24}, "D=24"),
+    "short": ({"I": 256, "J": 256}, "256 keys"),
+    "few rows": ({"R": 2}, "blocks of queries"),
+    "no bias": ({"has_bias": False}, "no bias"),
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED.values(), ids=list(REFUSED))
+def test_what_it_does_not_serve(a_hopper, options, reason):
+    assert reason in a_hopper(long_inputs(**options))
+
+
+def test_other_reasons_to_refuse(a_hopper, monkeypatch):
+    x = long_inputs(key_term="mask")
+    assert a_hopper(x) is None
+    assert "rounded" in a_hopper(replace(x, bias=x.bias.float()))
+    assert "not positive" in a_hopper(replace(x, scale=0.0))
+    assert "swallow" in a_hopper(replace(x, key_term_first=True, fill=-1e9))
+    assert "16 bytes" in a_hopper(replace(x, q=x.q.transpose(3, 4).contiguous().transpose(3, 4)))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter" in a_hopper(x)
+
+
+def test_other_devices_get_the_portable_kernel():
+    assert refusal(long_inputs()) == "the device is no Hopper"
+
+
+def test_a_kernel_that_fails_is_said_once_and_replaced(device, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "_broken", None)
+    x = random_inputs(R=3, I=17, J=20, D=16, device=device, key_term="mask")
+    expected = forward.portable(*x.op)
+    forward._plans.clear()
+    monkeypatch.setattr(choice, "refusal", lambda *_: None)
+    fails = mock.Mock(side_effect=RuntimeError("no such layout"))
+    monkeypatch.setattr(on_hopper, "launch", fails)
+    with caplog.at_level(logging.WARNING):
+        results = [forward.launch(*x.op) for _ in range(2)]
+    monkeypatch.setattr(on_hopper, "launch", mock.Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(choice, "_broken", None)
+    with pytest.raises(torch.OutOfMemoryError):
+        forward.launch(*x.op)
+    forward._plans.clear()
+    assert fails.call_count == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "Triton could not run the kernel for Hopper: no such layout; the portable kernel runs instead, which is slower"
+    ]
+    for result in results:
+        assert all(map(torch.equal, result, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
+@pytest.mark.parametrize("D", [16, 32, 64])
+def test_long_sequences_take_it(key_term, D):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x = long_inputs("cuda", key_term=key_term, D=D)
+    assert refusal(x) is None
+    with mock.patch.object(on_hopper, "launch", wraps=on_hopper.launch) as launched:
+        out, row_max, row_sum = forward.launch(*x.op)
+    assert launched.call_count == 1
+    assert choice.gluon_refusal() is None
+    exact = reference.forward(*x.to(torch.float64).op)
+    assert_within_budget(out, eager(*x.op), exact[0], name="out")
+    log_sum = row_max.double() + row_sum.double().log()
+    assert (log_sum - exact[1] - exact[2].log()).abs().max() < 0.05
