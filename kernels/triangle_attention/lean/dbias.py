@@ -8,8 +8,9 @@ copies ahead only what products read.
 import triton
 import triton.language as tl
 
-from trifast_inductor.kernels.triangle_attention.lean.operands import load
-from trifast_inductor.kernels.triangle_attention.lean.words import unpack
+from trifast_inductor.kernels.triangle_attention.lean.keys import load_terms
+from trifast_inductor.kernels.triangle_attention.lean.operands import load, short_probabilities
+from trifast_inductor.kernels.triangle_attention.lean.words import SIDE, SQUARE, unpack
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E, dot, load_key_term, logits_tile, probabilities
 
 
@@ -18,14 +19,15 @@ def _triangle_attention_bwd_dbias_lean(
     q_ptr,
     k_ptr,
     v_ptr,
-    words_ptr,  # tiles [BLOCK_I, BLOCK_J]
+    words_ptr,  # of the bias, [i, j]
     key_ptr,
+    key_terms_ptr,
     spans_ptr,
     do_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    terms_ptr,
-    huge_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
+    terms_ptr,  # [B, R, H, I, 2] contiguous
+    huge_ptr,  # [B, R, H, flags] contiguous
     dbias_ptr,  # [groups, B, H, I, J] contiguous
     stride_qb: tl.int64,
     stride_qr: tl.int64,
@@ -51,8 +53,9 @@ def _triangle_attention_bwd_dbias_lean(
     H,
     I,
     J,
+    J_terms,
     rows,  # of r, to a group
-    flagged,  # queries to a flag of `huge_ptr`: a multiple of BLOCK_I
+    flags,  # of `huge_ptr`, to a head: one for each block of queries
     scale,
     fill,
     D: tl.constexpr,
@@ -61,8 +64,8 @@ def _triangle_attention_bwd_dbias_lean(
     PRECISION: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    WARPS: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_I == SIDE)
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     # Keys innermost: neighbours share the queries of a row.
@@ -87,51 +90,57 @@ def _triangle_attention_bwd_dbias_lean(
     k_ptr += b * stride_kb + first_row * stride_kr + h * stride_kh + first_j * stride_kj
     v_ptr += b * stride_vb + first_row * stride_vr + h * stride_vh + first_j * stride_vj
     do_ptr += b * stride_dob + first_row * stride_dor + h * stride_doh + first_i * stride_doi
-    tile = ((b * H + h) * blocks_i + block_i) * blocks_j + block_j
-    bias = unpack(tl.load(words_ptr + tile * WORDS + tl.arange(0, WORDS)), dtype, BLOCK_I, BLOCK_J, WARPS)
+    words_ptr += ((b * H + h) * blocks_i + block_i) * tl.cdiv(J, SIDE) * SQUARE + block_j * WORDS
+    bias = unpack(tl.load(words_ptr + tl.arange(0, WORDS)), dtype, BLOCK_J)
     row = b * R + first_row
     queries = (row * H + h) * I + first_i
     terms_ptr += 2 * queries
 
-    # Which form all the rows of the group can take, and whether any of them reaches these keys.
-    plain = ((first_i + BLOCK_I <= I) & (first_j + BLOCK_J <= J)).to(tl.int32)
+    # How many rows come before the first that the short form does not suit, and whether any reaches these keys.
+    whole = (first_i + BLOCK_I <= I) & (first_j + BLOCK_J <= J)
+    short = rows
     reached = 0
     for n in range(0, rows, 32):
         some = n + tl.arange(0, 32)
-        flag = ((row + some) * H + h) * tl.cdiv(I, flagged) + first_i // flagged
-        huge = tl.load(huge_ptr + flag, mask=some < rows, other=0)
-        plain = tl.minimum(plain, 1 - tl.max(huge, 0))
+        unsuited = tl.load(huge_ptr + ((row + some) * H + h) * flags + block_i, mask=some < rows, other=0)
         if KEY_TERM != "none":
-            clean = tl.load(spans_ptr + 2 * (row + some), mask=some < rows, other=J)
-            end = tl.load(spans_ptr + 2 * (row + some) + 1, mask=some < rows, other=0)
-            plain = tl.minimum(plain, tl.min((clean >= first_j + BLOCK_J).to(tl.int32), 0))
-            reached = tl.maximum(reached, tl.max(((end > first_j) | (huge != 0)).to(tl.int32), 0))
+            end = tl.load(spans_ptr + 2 * (row + some), mask=some < rows, other=0)
+            unsuited += tl.load(spans_ptr + 2 * (row + some) + 1, mask=some < rows, other=0)
+            reached = tl.maximum(reached, tl.max(((end > first_j) | (unsuited != 0)).to(tl.int32), 0))
         else:
             reached = 1
-    plain_rows = tl.where(plain != 0, rows, 0)
+        short = tl.minimum(short, tl.min(tl.where(unsuited != 0, some, rows), 0))
+    short = tl.where(whole & (reached != 0), short, 0)
     rows = tl.where(reached != 0, rows, 0)
 
     factor = tl.cast(scale, tl.float32) * LOG2E
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    q_start = q_ptr
-    k_start = k_ptr
-    v_start = v_ptr
-    do_start = do_ptr
-    terms_start = terms_ptr
+    # Where the second loop starts, found apart: pointers that outlive a loop cost it additions.
+    q_after = q_ptr + short * stride_qr
+    k_after = k_ptr + short * stride_kr
+    v_after = v_ptr + short * stride_vr
+    do_after = do_ptr + short * stride_dor
+    terms_after = terms_ptr + short * (2 * H * I).to(tl.int64)
+    if KEY_TERM != "none":
+        key_ptr += b * stride_key_b + (first_row + short) * stride_key_r + first_j * stride_key_j
+        key_terms_ptr += row * J_terms + first_j
     # One row ahead of their use: the compiler copies only what products read.
     logsum = tl.load(terms_ptr + 2 * i, mask=i_in_range, other=0.0)
     delta = tl.load(terms_ptr + 2 * i + 1, mask=i_in_range, other=0.0)
-    for n in range(plain_rows):
+    for n in range(short):
         q = load(q_ptr, i, stride_qi, None, D, True)
         k = load(k_ptr, j, stride_kj, None, D, True)
         v = load(v_ptr, j, stride_vj, None, D, True)
         do = load(do_ptr, i, stride_doi, None, D, True)
+        short_key = j
+        if KEY_TERM != "none":
+            short_key = load_terms(key_terms_ptr + n * J_terms)
         qk = dot(q, tl.trans(k), None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
-        after = terms_ptr + tl.where(n + 1 < plain_rows, 2 * H * I, 0)
+        after = terms_ptr + tl.where(n + 1 < short, 2 * H * I, 0)
         next_logsum = tl.load(after + 2 * i)
         next_delta = tl.load(after + 2 * i + 1)
-        p = tl.exp2(qk * factor + (bias * LOG2E - logsum[:, None]))
+        p = short_probabilities(qk, factor, bias, logsum[:, None], short_key[None, :], True, KEY_TERM)
         dbias += p * (dp - delta[:, None])
         logsum = next_logsum
         delta = next_delta
@@ -141,18 +150,16 @@ def _triangle_attention_bwd_dbias_lean(
         do_ptr += stride_dor
         terms_ptr += 2 * H * I
 
-    row_max_ptr += queries
-    row_sum_ptr += queries
-    if KEY_TERM != "none":
-        key_ptr += b * stride_key_b + first_row * stride_key_r + first_j * stride_key_j
-    for _ in range(plain_rows, rows):
-        q = load(q_start, i, stride_qi, i_in_range, D, False)
-        k = load(k_start, j, stride_kj, j_in_range, D, False)
-        v = load(v_start, j, stride_vj, j_in_range, D, False)
-        do = load(do_start, i, stride_doi, i_in_range, D, False)
+    row_max_ptr += queries + short * (H * I).to(tl.int64)
+    row_sum_ptr += queries + short * (H * I).to(tl.int64)
+    for _ in tl.range(short, rows, num_stages=1):
+        q = load(q_after, i, stride_qi, i_in_range, D, False)
+        k = load(k_after, j, stride_kj, j_in_range, D, False)
+        v = load(v_after, j, stride_vj, j_in_range, D, False)
+        do = load(do_after, i, stride_doi, i_in_range, D, False)
         row_max = tl.load(row_max_ptr + i, mask=i_in_range, other=0.0)
         log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=i_in_range, other=1.0))
-        delta = tl.load(terms_start + 2 * i + 1, mask=i_in_range, other=0.0)
+        delta = tl.load(terms_after + 2 * i + 1, mask=i_in_range, other=0.0)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         qk = dot(q, tl.trans(k), None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
@@ -162,11 +169,11 @@ def _triangle_attention_bwd_dbias_lean(
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
             ds = tl.where(key[None, :], 0.0, ds)
         dbias += ds
-        q_start += stride_qr
-        k_start += stride_kr
-        v_start += stride_vr
-        do_start += stride_dor
-        terms_start += 2 * H * I
+        q_after += stride_qr
+        k_after += stride_kr
+        v_after += stride_vr
+        do_after += stride_dor
+        terms_after += 2 * H * I
         row_max_ptr += H * I
         row_sum_ptr += H * I
         if KEY_TERM != "none":

@@ -8,29 +8,40 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean import dbias, dqkv, tiles
-from trifast_inductor.kernels.triangle_attention.lean.spans import Spans
+from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys
+from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
-# A program owns a row of a head: fewer would leave multiprocessors idle that the portable kernels keep busy.
-FEWEST_PROGRAMS = 256
-# Up to here the passes that prepare cost more than they save. Neither bound was measured.
-SHORTEST = 129
+# Below either the passes that prepare cost more than they save. B=1, H=4, D=32 on one H200, the kernels of step 1 of
+# docs/benchmarks/log-backward.md: N=128 0.082 ms for 0.065, N=256 0.231 for 0.289.
+SHORTEST = 192
+FEWEST_LOGITS = 4 * 192**3
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad_out: Tensor) -> str | None:
+def refusal(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    fill: float,
+) -> str | None:
     """Why a call goes to the portable kernels, or None."""
     B, R, I, H, D = q.shape
+    J = k.shape[2]
     why = None
     if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
         why = "q, k, v and bias are not of one 16-bit dtype"
     elif D not in (16, 32, 64):
-        why = "the head size is not 16, 32 or 64"
-    elif max(I, k.shape[2]) < SHORTEST or B * R * H < FEWEST_PROGRAMS:
+        why = f"D={D} is not 16, 32 or 64"
+    elif min(I, J) < SHORTEST or B * R * H * I * J < FEWEST_LOGITS:
         why = "too small"
+    elif key_mask is not None and not fill <= keys.FILL:
+        why = f"keys that are masked with {fill:g} may still be seen"
     elif not arguments.rows_are_aligned(q, k, v, grad_out):
         why = "rows do not start on 16 bytes"
-    elif any(t.stride(2) >= 2**24 for t in (q, k, v, grad_out)) or k.shape[2] >= 2**24:
+    elif max(abs(t.stride(2)) for t in (q, k, v, grad_out)) >= 2**24 or max(H * D, J) >= 2**24:
         why = "an offset within a tile would pass 32 bits"
     elif not _is_hopper():
         why = "no Hopper GPU"
@@ -45,8 +56,8 @@ def _is_hopper() -> bool:
 
 
 class _Capped(Launch):
-    def __init__(self, kernel: Any, programs: int, given: dict[str, Any], tile: tiles.Tile) -> None:
-        super().__init__(kernel, programs, {**given, "WARPS": tile.num_warps}, tile)
+    def __init__(self, kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> None:
+        super().__init__(kernel, programs, given, tile)
         if tile.maxnreg is not None:
             self._options["maxnreg"] = tile.maxnreg
 
@@ -70,18 +81,17 @@ class Plan:
     ) -> None:
         B, R, I, H, D = q.shape
         J = k.shape[2]
-        tile, dbias_tile = tiles.dqkv_tile(D), tiles.dbias_tile(D)
-        flagged = dbias_tile.BLOCK_I
-        flags = triton.cdiv(I, flagged)
+        tile = tiles(D)
+        flags = triton.cdiv(I, tile.dq.BLOCK_I)
         given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-        given |= {**arguments.strides("do", grad_out, "brihd"), "B": B, "flags": flags, "flagged": flagged}
-        self._words = Words(bias, dbias_tile, tile)
-        self._spans = Spans(key_bias if key_mask is None else key_mask, fill, key_mask is not None)
+        given |= {**arguments.strides("do", grad_out, "brihd"), "B": B, "flags": flags, "J_terms": J + -J % 64}
+        self._words = Words(bias)
+        self._keys = keys.Keys(key_bias if key_mask is None else key_mask, bias, given)
         self._terms_shape = (B, R, H, I, 2)
         self._huge_shape = (B, R, H, flags)
-        self._slices_shape = (B, R, H, triton.cdiv(I, tile.BLOCK_I), tile.BLOCK_I * D)
-        self._terms = Launch(dqkv._triangle_attention_bwd_terms, B * R * H * flags, given, dbias_tile)
-        self._dqkv = _Capped(dqkv._triangle_attention_bwd_dqkv, B * R * H, given, tile)
+        self._dq = _Capped(dq._triangle_attention_bwd_dq_lean, B * R * H * flags, given, tile.dq)
+        programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
+        self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
@@ -89,12 +99,11 @@ class Plan:
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)
-        programs = B * H * flags * triton.cdiv(J, dbias_tile.BLOCK_J)
+        programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
-        self._dbias = _Capped(
-            dbias._triangle_attention_bwd_dbias_lean, groups * programs, {**given, "rows": rows}, dbias_tile
-        )
+        given["rows"] = rows
+        self._dbias = _Capped(dbias._triangle_attention_bwd_dbias_lean, groups * programs, given, tile.dbias)
         if groups > 1:
             self._parts_shape = (groups, *self._dbias_shape)
             self._sum = sums.sum_of(B * H * I * J, groups)
@@ -115,18 +124,15 @@ class Plan:
             return torch.empty(shape, dtype=dtype, device=q.device)
 
         dq, dk, dv, sums_of_ds = empty(q.shape), empty(k.shape), empty(v.shape), empty(self._dbias_shape)
-        terms = empty(self._terms_shape, torch.float32)
-        huge = empty(self._huge_shape, torch.int32)
-        by_i, by_j = self._words(bias)
-        spans = self._spans(key)
-        saved = (row_max, row_sum, terms, huge)
-        self._terms(grad_out, out, *saved)
-        slices = empty(self._slices_shape, torch.float32)
-        self._dqkv(q, k, v, by_j, key, spans, grad_out, *saved, slices, dq, dk, dv)
+        saved = (row_max, row_sum, empty(self._terms_shape, torch.float32), empty(self._huge_shape, torch.int32))
+        by_i, by_j, loud = self._words(bias)
+        rest = (key, *self._keys(key, loud), grad_out)
+        self._dq(q, k, v, by_i, *rest, out, *saved, dq)
+        self._dkdv(q, k, v, by_j, *rest, *saved, dk, dv)
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
-            self._dbias(q, k, v, by_i, key, spans, grad_out, *saved, parts)
+            self._dbias(q, k, v, by_i, *rest, *saved, parts)
             self._sum(parts, sums_of_ds)
         elif self._dbias is not None:
-            self._dbias(q, k, v, by_i, key, spans, grad_out, *saved, sums_of_ds)
+            self._dbias(q, k, v, by_i, *rest, *saved, sums_of_ds)
         return dq, dk, dv, sums_of_ds

@@ -1,9 +1,9 @@
-"""Loads, stores and the terms of a query: what the kernels of this directory share.
+"""Loads, stores, the terms of a query, the short form of a probability: what the kernels of this directory share.
 
-    p = exp2(scale·log2(e)·⟨q, k⟩ + (log2(e)·bias - L))     L = log2(e)·row_max + log2(row_sum)
+    p = exp2(scale·log2(e)·⟨q, k⟩ + (log2(e)·bias - L) ⊕ key)     L = log2(e)·row_max + log2(row_sum)
 
-Two fused multiply-adds a logit, in tiles that are whole, have no key term and no huge query; the others take the form
-of `logits.probabilities`, in a second loop of the same kernel.
+Two fused multiply-adds a logit, and one operation for a key term as `keys.py` prepares it: in tiles that are whole,
+while no query is huge. Other tiles take the form of `logits.probabilities`, in a second loop of the same kernel.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -32,6 +32,19 @@ def store(ptr, tile, row, step, in_range, D: tl.constexpr):
 
 
 @triton.jit
+def short_probabilities(qk, factor, bias, logsum, key, HAS_BIAS: tl.constexpr, KEY_TERM: tl.constexpr):
+    """p of a tile, all but qk and the bias broadcast."""
+    shift = key - logsum if KEY_TERM == "add" else -logsum
+    if HAS_BIAS:
+        shift = bias * LOG2E + shift
+    x = qk * factor + shift
+    if KEY_TERM == "select":
+        # Of a NaN and a bound the bound is taken. A NaN that is not left out makes its query huge.
+        x = tl.minimum(x, key)
+    return tl.exp2(x)
+
+
+@triton.jit
 def leave_terms(
     do_ptr,
     out_ptr,
@@ -45,13 +58,14 @@ def leave_terms(
     H,
     D: tl.constexpr,
 ):
-    """L and δ of a block of queries, stored for the other kernels, and whether one is huge."""
+    """L and δ of a block of queries, stored for the other kernels, and whether one is huge or not a number."""
     out = load(out_ptr, i, H * D, in_range, D, False)
     row_max = tl.load(row_max_ptr + i, mask=in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=in_range, other=1.0))
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     logsum = row_max * LOG2E + log2_sum
-    huge = tl.max((tl.abs(logsum) > HUGE).to(tl.int32), 0)
+    usual = (tl.abs(logsum) <= HUGE) & (tl.abs(delta) < float("inf"))
+    huge = 1 - tl.min(usual.to(tl.int32), 0)
     tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
     tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
     tl.store(huge_ptr, huge)
