@@ -24,9 +24,8 @@ def _triangle_attention_bwd_dbias_lean(
     key_terms_ptr,
     spans_ptr,
     do_ptr,
-    row_max_ptr,  # [B, R, H, I] contiguous
-    row_sum_ptr,  # [B, R, H, I] contiguous
-    terms_ptr,  # [B, R, H, I, 2] contiguous
+    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
+    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, flags] contiguous
     dbias_ptr,  # [groups, B, H, I, J] contiguous
     stride_qb: tl.int64,
@@ -65,7 +64,7 @@ def _triangle_attention_bwd_dbias_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_I == SIDE)
+    tl.static_assert(BLOCK_I == SIDE and BLOCK_J == SIDE)
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     # Keys innermost: neighbours share the queries of a row.
@@ -120,7 +119,8 @@ def _triangle_attention_bwd_dbias_lean(
     k_after = k_ptr + short * stride_kr
     v_after = v_ptr + short * stride_vr
     do_after = do_ptr + short * stride_dor
-    terms_after = terms_ptr + short * (2 * H * I).to(tl.int64)
+    terms_start = terms_ptr
+    sums_ptr += 2 * queries
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + (first_row + short) * stride_key_r + first_j * stride_key_j
         key_terms_ptr += row * J_terms + first_j
@@ -150,16 +150,15 @@ def _triangle_attention_bwd_dbias_lean(
         do_ptr += stride_dor
         terms_ptr += 2 * H * I
 
-    row_max_ptr += queries + short * (H * I).to(tl.int64)
-    row_sum_ptr += queries + short * (H * I).to(tl.int64)
-    for _ in tl.range(short, rows, num_stages=1):
+    for n in tl.range(short, rows, num_stages=1):
         q = load(q_after, i, stride_qi, i_in_range, D, False)
         k = load(k_after, j, stride_kj, j_in_range, D, False)
         v = load(v_after, j, stride_vj, j_in_range, D, False)
         do = load(do_after, i, stride_doi, i_in_range, D, False)
-        row_max = tl.load(row_max_ptr + i, mask=i_in_range, other=0.0)
-        log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=i_in_range, other=1.0))
-        delta = tl.load(terms_after + 2 * i + 1, mask=i_in_range, other=0.0)
+        pairs = n * (2 * H * I).to(tl.int64) + 2 * i
+        row_max = tl.load(sums_ptr + pairs, mask=i_in_range, other=0.0)
+        log2_sum = tl.load(sums_ptr + pairs + 1, mask=i_in_range, other=0.0)
+        delta = tl.load(terms_start + pairs + 1, mask=i_in_range, other=0.0)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         qk = dot(q, tl.trans(k), None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
@@ -173,9 +172,6 @@ def _triangle_attention_bwd_dbias_lean(
         k_after += stride_kr
         v_after += stride_vr
         do_after += stride_dor
-        terms_after += 2 * H * I
-        row_max_ptr += H * I
-        row_sum_ptr += H * I
         if KEY_TERM != "none":
             key_ptr += stride_key_r
 

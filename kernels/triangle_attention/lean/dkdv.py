@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.lean.keys import place
-from trifast_inductor.kernels.triangle_attention.lean.operands import load, pair_of_terms, short_probabilities, store
+from trifast_inductor.kernels.triangle_attention.lean.operands import load, load_pairs, short_probabilities, store
 from trifast_inductor.kernels.triangle_attention.lean.words import SIDE, SQUARE, unpack
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E, dot, load_key_term, logits_tile, probabilities
 from trifast_inductor.kernels.triangle_attention.order import program_place
@@ -21,9 +21,8 @@ def _triangle_attention_bwd_dkdv_lean(
     key_terms_ptr,
     spans_ptr,
     do_ptr,
-    row_max_ptr,  # [B, R, H, I] contiguous
-    row_sum_ptr,  # [B, R, H, I] contiguous
-    terms_ptr,  # [B, R, H, I, 2] contiguous
+    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
+    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, flags] contiguous
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
@@ -64,6 +63,9 @@ def _triangle_attention_bwd_dkdv_lean(
 ):
     tl.static_assert(BLOCK_J == SIDE)
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
+    # Rows that are wholly left out, as padding has, take the second loop throughout. Without key terms it is seldom
+    # more than one tile, and copies ahead would only cost registers.
+    SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else 2
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     blocks = tl.cdiv(J, BLOCK_J)
     b, r, h, block = program_place(blocks, R, H)
@@ -82,8 +84,7 @@ def _triangle_attention_bwd_dkdv_lean(
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(I, SIDE) * SQUARE
     out_offset = ((row * J + first) * H + h) * D
     terms_ptr += 2 * head * I
-    row_max_ptr += head * I
-    row_sum_ptr += head * I
+    sums_ptr += 2 * head * I
 
     huge = 0
     for n in range(0, flags, 32):
@@ -108,6 +109,7 @@ def _triangle_attention_bwd_dkdv_lean(
     q_after = q_ptr + short * tl.cast(stride_qi, tl.int64)
     do_after = do_ptr + short * tl.cast(stride_doi, tl.int64)
     terms_after = terms_ptr + 2 * short
+    sums_ptr += 2 * short
     words_after = words_ptr
     if HAS_BIAS:
         words_after += short // BLOCK_I * WORDS
@@ -118,7 +120,7 @@ def _triangle_attention_bwd_dkdv_lean(
     for _ in range(0, short, BLOCK_I):
         q = load(q_ptr, i, stride_qi, None, D, True)
         do = load(do_ptr, i, stride_doi, None, D, True)
-        logsum, delta = pair_of_terms(terms_ptr, BLOCK_I)
+        logsum, delta = load_pairs(terms_ptr, 0, 0.0, BLOCK_I, True)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         dp = dot(v, tl.trans(do), None, PRECISION)
         bias = 0.0
@@ -137,14 +139,13 @@ def _triangle_attention_bwd_dkdv_lean(
         dv = tl.where(short_key < 0.0, 0.0, dv)
 
     key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
-    for start in tl.range(short, last, BLOCK_I, num_stages=1):
+    for start in tl.range(short, last, BLOCK_I, num_stages=SLOW_STAGES):
         in_range = i < I - start
         q = load(q_after, i, stride_qi, in_range, D, False)
         do = load(do_after, i, stride_doi, in_range, D, False)
         # An infinite maximum makes p = 0 for a query past the end, whatever the key term.
-        row_max = tl.load(row_max_ptr + start + i, mask=in_range, other=float("inf"))
-        log2_sum = tl.log2(tl.load(row_sum_ptr + start + i, mask=in_range, other=1.0))
-        delta = tl.load(terms_after + 2 * i + 1, mask=in_range, other=0.0)
+        row_max, log2_sum = load_pairs(sums_ptr, I - start, float("inf"), BLOCK_I, False)
+        _logsum, delta = load_pairs(terms_after, I - start, 0.0, BLOCK_I, False)
         kq = dot(k, tl.trans(q), None, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         bias = 0.0
@@ -161,6 +162,7 @@ def _triangle_attention_bwd_dkdv_lean(
         q_after += BLOCK_I * tl.cast(stride_qi, tl.int64)
         do_after += BLOCK_I * tl.cast(stride_doi, tl.int64)
         terms_after += 2 * BLOCK_I
+        sums_ptr += 2 * BLOCK_I
 
     store(dk_ptr + out_offset, dk * scale, j, H * D, j_in_range, D)
     store(dv_ptr + out_offset, dv, j, H * D, j_in_range, D)

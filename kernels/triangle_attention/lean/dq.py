@@ -1,4 +1,4 @@
-"""dq = scale·Σ_j ds·k: a program owns a block of queries and walks the keys. Leaves L and δ for the other kernels."""
+"""dq = scale·Σ_j ds·k: a program owns a block of queries, walks the keys, and leaves its terms for the others."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -24,7 +24,8 @@ def _triangle_attention_bwd_dq_lean(
     out_ptr,  # [B, R, I, H, D] contiguous
     row_max_ptr,  # [B, R, H, I] contiguous
     row_sum_ptr,  # [B, R, H, I] contiguous
-    terms_ptr,  # [B, R, H, I, 2] contiguous
+    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
+    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, blocks of queries] contiguous
     dq_ptr,  # [B, R, I, H, D] contiguous
     stride_qb: tl.int64,
@@ -61,8 +62,11 @@ def _triangle_attention_bwd_dq_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_I == SIDE)
+    tl.static_assert(BLOCK_I == SIDE and BLOCK_J == SIDE)
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
+    # Rows that are wholly left out, as padding has, take the second loop throughout. Without key terms it is seldom
+    # more than one tile, and copies ahead would only cost registers.
+    SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else 2
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     blocks = tl.cdiv(I, BLOCK_I)
     b, r, h, block = program_place(blocks, R, H)
@@ -90,6 +94,7 @@ def _triangle_attention_bwd_dq_lean(
         row_max_ptr + queries,
         row_sum_ptr + queries,
         terms_ptr + 2 * queries,
+        sums_ptr + 2 * queries,
         huge_ptr + head * blocks + block,
         do,
         i,
@@ -135,8 +140,7 @@ def _triangle_attention_bwd_dq_lean(
         k_ptr += BLOCK_J * tl.cast(stride_kj, tl.int64)
         v_ptr += BLOCK_J * tl.cast(stride_vj, tl.int64)
 
-    # Seldom more than one tile: copies ahead would only cost the first loop registers.
-    for start in tl.range(short, end, BLOCK_J, num_stages=1):
+    for start in tl.range(short, end, BLOCK_J, num_stages=SLOW_STAGES):
         in_range = j < J - start
         k = load(k_after, j, stride_kj, in_range, D, False)
         v = load(v_after, j, stride_vj, in_range, D, False)

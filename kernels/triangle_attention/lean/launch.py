@@ -124,15 +124,16 @@ class Plan:
             return torch.empty(shape, dtype=dtype, device=q.device)
 
         dq, dk, dv, sums_of_ds = empty(q.shape), empty(k.shape), empty(v.shape), empty(self._dbias_shape)
-        saved = (row_max, row_sum, empty(self._terms_shape, torch.float32), empty(self._huge_shape, torch.int32))
+        terms, row_sums = (empty(self._terms_shape, torch.float32) for _ in range(2))
+        left = (terms, row_sums, empty(self._huge_shape, torch.int32))
         by_i, by_j, loud = self._words(bias)
         rest = (key, *self._keys(key, loud), grad_out)
-        self._dq(q, k, v, by_i, *rest, out, *saved, dq)
-        self._dkdv(q, k, v, by_j, *rest, *saved, dk, dv)
+        self._dq(q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
+        self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
-            self._dbias(q, k, v, by_i, *rest, *saved, parts)
+            self._dbias(q, k, v, by_i, *rest, *left, parts)
             self._sum(parts, sums_of_ds)
         elif self._dbias is not None:
-            self._dbias(q, k, v, by_i, *rest, *saved, sums_of_ds)
+            self._dbias(q, k, v, by_i, *rest, *left, sums_of_ds)
         return dq, dk, dv, sums_of_ds

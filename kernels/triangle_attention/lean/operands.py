@@ -51,6 +51,7 @@ def leave_terms(
     row_max_ptr,
     row_sum_ptr,
     terms_ptr,
+    sums_ptr,
     huge_ptr,
     do,
     i,
@@ -58,7 +59,10 @@ def leave_terms(
     H,
     D: tl.constexpr,
 ):
-    """L and δ of a block of queries, stored for the other kernels, and whether one is huge or not a number."""
+    """L and δ of a block of queries, stored for the other kernels, and whether one is huge or not a number.
+
+    The row maximum and log2 of the row sum are stored, too, as both loops want their pairs: side by side.
+    """
     out = load(out_ptr, i, H * D, in_range, D, False)
     row_max = tl.load(row_max_ptr + i, mask=in_range, other=0.0)
     log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=in_range, other=1.0))
@@ -68,11 +72,18 @@ def leave_terms(
     huge = 1 - tl.min(usual.to(tl.int32), 0)
     tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
     tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
+    tl.store(sums_ptr + 2 * i, row_max, mask=in_range)
+    tl.store(sums_ptr + 2 * i + 1, log2_sum, mask=in_range)
     tl.store(huge_ptr, huge)
     return row_max, log2_sum, logsum, delta, huge
 
 
 @triton.jit
-def pair_of_terms(terms_ptr, BLOCK_I: tl.constexpr):
-    """L and δ of BLOCK_I queries; in one load, so that they are copied ahead and not by every thread for itself."""
-    return tl.split(tl.reshape(tl.load(terms_ptr + tl.arange(0, 2 * BLOCK_I)), [BLOCK_I, 2]))
+def load_pairs(ptr, left, other, BLOCK_I: tl.constexpr, WHOLE: tl.constexpr):
+    """Two numbers of each of BLOCK_I queries, `left` of which exist.
+
+    In one load, so that they are copied ahead and not by every thread for itself.
+    """
+    place = tl.arange(0, 2 * BLOCK_I)
+    pairs = tl.load(ptr + place) if WHOLE else tl.load(ptr + place, mask=place < 2 * left, other=other)
+    return tl.split(tl.reshape(pairs, [BLOCK_I, 2]))
