@@ -37,7 +37,9 @@ COMPILING = 0.5  # of the time
 class Setting(NamedTuple):
     N: int
     D: int
-    term: str  # "none", "tail": the last tenth of the keys is left out, "random": a third of them
+    term: (
+        str  # "none"; left out are, "tail": the last tenth of the keys, "random": a third, "padded": a third, and rows
+    )
 
     def __str__(self) -> str:
         return f"N={self.N} D={self.D} {self.term}"
@@ -47,6 +49,8 @@ def settings() -> Iterator[Setting]:
     for N in (512, 256, 1024, 384, 192, 128):
         for term in ("none", "tail", "random"):
             yield Setting(N, 32, term)
+        if N in (512, 256):
+            yield Setting(N, 32, "padded")
     for N in (512, 256):
         for term in ("none", "tail"):
             yield Setting(N, 64, term)
@@ -74,6 +78,11 @@ def inputs(setting: Setting) -> Inputs:
     elif term == "tail":
         key = torch.zeros((1, N, N), device="cuda", dtype=torch.bfloat16)
         key[..., N - N // 10 :] = -1e9
+    elif term == "padded":
+        # As a pair mask is where the last third of the residues is none: their rows are wholly left out.
+        key = torch.zeros((1, N, N), device="cuda", dtype=torch.bfloat16)
+        key[..., N - N // 3 :] = -1e9
+        key[:, N - N // 3 :] = -1e9
     q, k, v, grad_out = (normal(1, N, N, 4, D) for _ in range(4))
     return Inputs(q, k, v, normal(1, 4, N, N), key, None, D**-0.5, float("-inf"), False, grad_out)
 
