@@ -1,7 +1,7 @@
 """Plots of README.md and docs/benchmarks/README.md, from what `bench --plot` left: `python -m tests.docs.plots`.
 
 Every folder docs/benchmarks/<device>/ with a PNG and an attention.csv gets its plots between two comments of each page,
-with the conditions that the CSV file's header gives. README.md shows the first plot of each GPU, the other page all.
+with the conditions that the CSV file's header gives. README.md shows one plot of each GPU, the other page all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def rendered(benchmarks: Path, prefix: str, *, first_only: bool) -> str:
     parts = []
     for csv in sorted(benchmarks.glob("*/attention.csv")):
         device = csv.parent.name
-        plots = sorted(csv.parent.glob("*.png"))
+        # Keys left out first: what a model has.
+        plots = sorted(csv.parent.glob("*.png"), key=lambda plot: ("-none-" in plot.name, plot.name))
         if not plots or (first_only and device == "cpu"):
             continue
         header = dict(line[2:].split(": ", 1) for line in csv.read_text().splitlines() if line.startswith("# "))
