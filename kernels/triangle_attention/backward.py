@@ -8,20 +8,27 @@ walks the rows. Nothing is added up across programs, but for dbias where its til
 of rows are then summed apart and added in order. The price: nine products where five would do.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
+
+The portable path. On Hopper `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says
+which.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
+    dot_of_tile,
     load_key_term,
     load_rows,
     logits_tile,
@@ -152,7 +159,7 @@ def _triangle_attention_bwd_dq(
         if not EVEN_J:
             # p is NaN, not 0, past the end of a row whose logits are all -inf.
             ds = tl.where(in_range[None, :], ds, 0.0)
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot_of_tile(ds.to(k.dtype), k, dq, PRECISION)
 
         k_ptr += BLOCK_J * stride_kj
         v_ptr += BLOCK_J * stride_vj
@@ -264,12 +271,12 @@ def _triangle_attention_bwd_dkdv(
         delta = tl.load(terms_ptr + I + start + i, mask=in_range, other=0.0)
         p = probabilities(x, row_max[None, :], log2_sum[None, :])
         do = load_rows(do_ptr, i, in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
-        dv = dot(p.to(do.dtype), do, dv, PRECISION)
+        dv = dot_of_tile(p.to(do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
         if KEY_TERM == "select":
             ds = tl.where(key[:, None], 0.0, ds)
-        dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        dk = dot_of_tile(ds.to(q.dtype), q, dk, PRECISION)
 
         q_ptr += BLOCK_I * stride_qi
         do_ptr += BLOCK_I * stride_doi
@@ -407,27 +414,35 @@ def _triangle_attention_bwd_dbias(
     )
 
 
-@triton.jit
-def _triangle_attention_bwd_sum(
-    parts_ptr,  # [groups, count] contiguous, float32
-    sum_ptr,  # [count]
-    count: tl.int64,
-    groups,
-    BLOCK_J: tl.constexpr,
-):
-    place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    total = tl.zeros([BLOCK_J], tl.float32)
-    for _ in range(groups):
-        total += tl.load(parts_ptr + place, mask=place < count, other=0.0)
-        parts_ptr += count
-    tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < count)
-
-
-_SUM_TILE = tiling.Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
-
-
 class _Plan:
     """What `launch` decides from shapes, strides and dtypes alone."""
+
+    def __init__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        needs_dbias: bool,
+    ) -> None:
+        self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
+        self.dbias_dtype = q.dtype if bias is None else bias.dtype
+        self.is_empty = 0 in (*q.shape[:4], k.shape[2])
+        self.lean: lean.Plan | None = None
+        self.portable: _Portable | None = None  # once it is asked for
+        if not self.is_empty and lean.refusal(grad_out, q, k, v, bias, key_mask, fill) is None:
+            given = (grad_out, q, k, v, bias, key_bias, key_mask)
+            self.lean = lean.Plan(*given, scale, fill, key_term_first, needs_dbias)
+
+
+class _Portable:
+    """The kernels of this file for such shapes, with a bias that they can read."""
 
     def __init__(
         self,
@@ -446,11 +461,6 @@ class _Plan:
         B, R, I, H, _ = q.shape
         J = k.shape[2]
         self.terms_shape = (B, R, H, 2, I)
-        self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
-        self.dbias_dtype = q.dtype if bias is None else bias.dtype
-        self.is_empty = 0 in (B, R, I, H, J)
-        if self.is_empty:
-            return
         self.aligned = AlignedRows(bias)
         shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         shared |= {
@@ -468,7 +478,7 @@ class _Plan:
 
         self.dbias: Launch | None = None
         self.sum: Launch | None = None
-        if self.dbias_shape == (0,):
+        if bias is None or not needs_dbias:
             return
         tile = tiling.choose("dbias", **kind)
         programs = B * H * triton.cdiv(I, tile.BLOCK_I) * triton.cdiv(J, tile.BLOCK_J)
@@ -477,13 +487,21 @@ class _Plan:
         rest = {"rows": grouped, **arguments.evenness(I, J, tile)}
         self.dbias = Launch(_triangle_attention_bwd_dbias, groups * programs, shared | rest, tile)
         if groups > 1:
-            self.parts_shape = (groups, *self.dbias_shape)
-            count = B * H * I * J
-            blocks = triton.cdiv(count, _SUM_TILE.BLOCK_J)
-            self.sum = Launch(_triangle_attention_bwd_sum, blocks, {"count": count, "groups": groups}, _SUM_TILE)
+            self.parts_shape = (groups, B, H, I, J)
+            self.sum = sums.sum_of(B * H * I * J, groups)
 
 
 _plans: Plans[_Plan] = Plans()
+
+
+def _planned(*given: Any) -> _Plan:
+    *tensors, scale, fill, key_term_first, needs_dbias = given
+    key = (signature(*tensors), scale, fill, key_term_first, needs_dbias, float32_precision(tensors[1].dtype))
+    plan = _plans.get(key)
+    if plan is None:
+        with on_device_of(tensors[1]):
+            plan = _plans.add(key, _Plan(*given))
+    return plan
 
 
 def launch(
@@ -507,13 +525,41 @@ def launch(
     Takes what `op.py` has checked, in any strides. dbias is empty unless there is a bias and it is asked for.
     Two runs on the same inputs agree to the bit.
     """
-    numbers = (scale, fill, key_term_first, needs_dbias)
-    signed = signature(grad_out, q, k, v, bias, key_bias, key_mask)
-    key = (signed, numbers, float32_precision(q.dtype))
-    plan = _plans.get(key)
-    if plan is None:
-        with on_device_of(q):
-            plan = _plans.add(key, _Plan(grad_out, q, k, v, bias, key_bias, key_mask, *numbers))
+    given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
+    plan = _planned(*given)
+    if plan.lean is None:
+        return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
+    with on_device_of(q):
+        key_term = key_bias if key_mask is None else key_mask
+        saved = (out.contiguous(), row_max.contiguous(), row_sum.contiguous())
+        return plan.lean(grad_out, q, k, v, bias, key_term, *saved)
+
+
+def portable(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `launch`, by the kernels of this file whatever the device."""
+    given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
+    return _run(_planned(*given), *given, out=out, row_max=row_max, row_sum=row_sum)
+
+
+def _run(
+    plan: _Plan, *given: Any, out: Tensor, row_max: Tensor, row_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
     # Allocated dense: `empty_like` would keep the strides of an input.
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)
@@ -522,16 +568,19 @@ def launch(
     if plan.is_empty:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
 
-    terms = torch.empty(plan.terms_shape, dtype=torch.float32, device=q.device)
     out, row_max, row_sum = out.contiguous(), row_max.contiguous(), row_sum.contiguous()
     with on_device_of(q):
-        read = (q, k, v, plan.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
-        plan.dq(*read, out, row_max, row_sum, terms, dq)
-        plan.dkdv(*read, row_max, terms, dk, dv)
-        if plan.sum is not None and plan.dbias is not None:
-            parts = torch.empty(plan.parts_shape, dtype=torch.float32, device=q.device)
-            plan.dbias(*read, row_max, terms, parts)
-            plan.sum(parts, dbias)
-        elif plan.dbias is not None:
-            plan.dbias(*read, row_max, terms, dbias)
+        if plan.portable is None:
+            plan.portable = _Portable(*given)
+        run = plan.portable
+        terms = torch.empty(run.terms_shape, dtype=torch.float32, device=q.device)
+        read = (q, k, v, run.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
+        run.dq(*read, out, row_max, row_sum, terms, dq)
+        run.dkdv(*read, row_max, terms, dk, dv)
+        if run.sum is not None and run.dbias is not None:
+            parts = torch.empty(run.parts_shape, dtype=torch.float32, device=q.device)
+            run.dbias(*read, row_max, terms, parts)
+            run.sum(parts, dbias)
+        elif run.dbias is not None:
+            run.dbias(*read, row_max, terms, dbias)
     return dq, dk, dv, dbias

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import forward, op, tiling, tuning
+from trifast_inductor.kernels.triangle_attention import backward, forward, tiling, tuning
 from trifast_inductor.kernels.triangle_attention.tile_store import Entry
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
@@ -95,7 +95,7 @@ def workload(device: int, key: Key) -> Run:
     if key.kernel == "forward":
         return lambda: forward.portable(*inputs)
     results = forward.portable(*inputs)
-    return lambda: op.triangle_attention_backward(grad_out, *inputs, *results, bias is not None)
+    return lambda: backward.portable(grad_out, *inputs[:6], *results, *inputs[6:], bias is not None)
 
 
 def search(device: int, key: Key, measure: Measure = median_ms, workload: Workload = workload) -> Outcome:

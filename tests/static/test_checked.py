@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trifast_inductor import tables
-from trifast_inductor.static.checked import checked_variants, faults
+from trifast_inductor.static.checked import SPILLING, checked_variants, faults
 from trifast_inductor.static.figures import Figures, Variant, figures, triton_version
 
 TABLE = Path(__file__).parents[2] / "docs" / "benchmarks" / "static.csv"
@@ -43,7 +43,7 @@ def test_no_row_of_the_table_is_left_over() -> None:
     wanted = {(arch, v.dtype, v.D, v.N, v.key_term, v.bias) for v, arch in checked_variants()}
     for row in known().values():
         assert (row.arch, row.dtype, row.D, row.N, row.key_term, row.bias) in wanted
-        assert row.spills == 0
+        assert row.spills == 0 or row.kernel in SPILLING
         assert row.fits
 
 

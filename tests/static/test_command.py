@@ -7,6 +7,7 @@ import pytest
 from trifast_inductor import tables
 from trifast_inductor.__main__ import main
 from trifast_inductor.static import command
+from trifast_inductor.static.checked import SPILLING
 from trifast_inductor.static.figures import Figures, Variant, triton_version
 
 ROW = Figures("3.9", "sm_90", "kernel", "bfloat16", 32, 512, "add", True, "64x32 w4 s3", 100, 0, 0, 36.0, 16.0)
@@ -35,6 +36,8 @@ def test_one_kernel_for_real(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_spill_or_a_kernel_that_does_not_fit_fails(rows: list[Figures], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect"]) == 0
+    rows[0] = Figures(**{**vars(ROW), "spills": 4, "kernel": next(iter(SPILLING))})
     assert main(["inspect"]) == 0
     rows[0] = Figures(**{**vars(ROW), "spills": 4, "shared_kib": 300.0})
     assert main(["inspect"]) == 1

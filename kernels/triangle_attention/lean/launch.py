@@ -1,0 +1,139 @@
+"""Which backward calls these kernels take, and their launches."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
+from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys
+from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, tiles
+from trifast_inductor.kernels.triangle_attention.lean.words import Words
+
+# Below either the passes that prepare cost more than they save. B=1, H=4, D=32 on one H200, the kernels of step 1 of
+# docs/benchmarks/log-backward.md: N=128 0.082 ms for 0.065, N=256 0.231 for 0.289.
+SHORTEST = 192
+FEWEST_LOGITS = 4 * 192**3
+
+
+def refusal(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    fill: float,
+) -> str | None:
+    """Why a call goes to the portable kernels, or None."""
+    B, R, I, H, D = q.shape
+    J = k.shape[2]
+    why = None
+    if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
+        why = "q, k, v and bias are not of one 16-bit dtype"
+    elif D not in (16, 32, 64):
+        why = f"D={D} is not 16, 32 or 64"
+    elif min(I, J) < SHORTEST or B * R * H * I * J < FEWEST_LOGITS:
+        why = "too small"
+    elif key_mask is not None and not fill <= keys.FILL:
+        why = f"keys that are masked with {fill:g} may still be seen"
+    elif not arguments.rows_are_aligned(q, k, v, grad_out):
+        why = "rows do not start on 16 bytes"
+    elif max(abs(t.stride(2)) for t in (q, k, v, grad_out)) >= 2**24 or max(H * D, J) >= 2**24:
+        why = "an offset within a tile would pass 32 bits"
+    elif not _is_hopper():
+        why = "no Hopper GPU"
+    return why
+
+
+def _is_hopper() -> bool:
+    if triton.knobs.runtime.interpret:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch == 90)
+
+
+class _Capped(Launch):
+    def __init__(self, kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> None:
+        super().__init__(kernel, programs, given, tile)
+        if tile.maxnreg is not None:
+            self._options["maxnreg"] = tile.maxnreg
+
+
+class Plan:
+    """What a call launches, decided from shapes, strides and dtypes alone; the arguments as in `backward.launch`."""
+
+    def __init__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        needs_dbias: bool,
+    ) -> None:
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        tile = tiles(D)
+        flags = triton.cdiv(I, tile.dq.BLOCK_I)
+        given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+        given |= {**arguments.strides("do", grad_out, "brihd"), "B": B, "flags": flags, "J_terms": J + -J % 64}
+        self._words = Words(bias)
+        self._keys = keys.Keys(key_bias if key_mask is None else key_mask, bias, given)
+        self._terms_shape = (B, R, H, I, 2)
+        self._huge_shape = (B, R, H, flags)
+        self._dq = _Capped(dq._triangle_attention_bwd_dq_lean, B * R * H * flags, given, tile.dq)
+        programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
+        self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
+
+        self._dbias: Launch | None = None
+        self._sum: Launch | None = None
+        self._dbias_shape: tuple[int, ...] = (0,)
+        if bias is None or not needs_dbias:
+            return
+        self._dbias_shape = tuple(bias.shape)
+        programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
+        rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
+        groups = triton.cdiv(R, rows)
+        given["rows"] = rows
+        self._dbias = _Capped(dbias._triangle_attention_bwd_dbias_lean, groups * programs, given, tile.dbias)
+        if groups > 1:
+            self._parts_shape = (groups, *self._dbias_shape)
+            self._sum = sums.sum_of(B * H * I * J, groups)
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        key: Tensor | None,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def empty(shape: Any, dtype: torch.dtype = q.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=q.device)
+
+        dq, dk, dv, sums_of_ds = empty(q.shape), empty(k.shape), empty(v.shape), empty(self._dbias_shape)
+        terms, row_sums = (empty(self._terms_shape, torch.float32) for _ in range(2))
+        left = (terms, row_sums, empty(self._huge_shape, torch.int32))
+        by_i, by_j, loud = self._words(bias)
+        rest = (key, *self._keys(key, loud), grad_out)
+        self._dq(q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
+        self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
+        if self._sum is not None and self._dbias is not None:
+            parts = empty(self._parts_shape, torch.float32)
+            self._dbias(q, k, v, by_i, *rest, *left, parts)
+            self._sum(parts, sums_of_ds)
+        elif self._dbias is not None:
+            self._dbias(q, k, v, by_i, *rest, *left, sums_of_ds)
+        return dq, dk, dv, sums_of_ds

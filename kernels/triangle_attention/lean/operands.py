@@ -1,0 +1,89 @@
+"""Loads, stores, the terms of a query, the short form of a probability: what the kernels of this directory share.
+
+    p = exp2(scale·log2(e)·⟨q, k⟩ + (log2(e)·bias - L) ⊕ key)     L = log2(e)·row_max + log2(row_sum)
+
+Two fused multiply-adds a logit, and one operation for a key term as `keys.py` prepares it: in tiles that are whole,
+while no query is huge. Other tiles take the form of `logits.probabilities`, in a second loop of the same kernel.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from trifast_inductor.kernels.triangle_attention.logits import LOG2E
+
+# |L| above which a query is huge: one fused multiply-add is off by the rounding of L, 2**-12 of p here.
+HUGE = tl.constexpr(4096.0)
+
+
+@triton.jit
+def load(ptr, row, step, in_range, D: tl.constexpr, WHOLE: tl.constexpr):
+    """`[rows, D]` of an operand whose rows start on 16 bytes; 32 bits suffice within a tile."""
+    d = tl.arange(0, D)
+    ptrs = ptr + ((row * step)[:, None] + d[None, :])
+    ptrs = tl.multiple_of(ptrs, (1, 16))
+    return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=in_range[:, None], other=0.0)
+
+
+@triton.jit
+def store(ptr, tile, row, step, in_range, D: tl.constexpr):
+    ptrs = ptr + ((row * step)[:, None] + tl.arange(0, D)[None, :])
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=in_range[:, None])
+
+
+@triton.jit
+def short_probabilities(qk, factor, bias, logsum, key, HAS_BIAS: tl.constexpr, KEY_TERM: tl.constexpr):
+    """p of a tile, all but qk and the bias broadcast."""
+    shift = key - logsum if KEY_TERM == "add" else -logsum
+    if HAS_BIAS:
+        shift = bias * LOG2E + shift
+    x = qk * factor + shift
+    if KEY_TERM == "select":
+        # Of a NaN and a bound the bound is taken. A NaN that is not left out makes its query huge.
+        x = tl.minimum(x, key)
+    return tl.exp2(x)
+
+
+@triton.jit
+def leave_terms(
+    do_ptr,
+    out_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    terms_ptr,
+    sums_ptr,
+    huge_ptr,
+    do,
+    i,
+    in_range,
+    H,
+    D: tl.constexpr,
+):
+    """L and δ of a block of queries, stored for the other kernels, and whether one is huge or not a number.
+
+    The row maximum and log2 of the row sum are stored, too, as both loops want their pairs: side by side.
+    """
+    out = load(out_ptr, i, H * D, in_range, D, False)
+    row_max = tl.load(row_max_ptr + i, mask=in_range, other=0.0)
+    log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=in_range, other=1.0))
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    logsum = row_max * LOG2E + log2_sum
+    usual = (tl.abs(logsum) <= HUGE) & (tl.abs(delta) < float("inf"))
+    huge = 1 - tl.min(usual.to(tl.int32), 0)
+    tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
+    tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
+    tl.store(sums_ptr + 2 * i, row_max, mask=in_range)
+    tl.store(sums_ptr + 2 * i + 1, log2_sum, mask=in_range)
+    tl.store(huge_ptr, huge)
+    return row_max, log2_sum, logsum, delta, huge
+
+
+@triton.jit
+def load_pairs(ptr, left, other, BLOCK_I: tl.constexpr, WHOLE: tl.constexpr):
+    """Two numbers of each of BLOCK_I queries, `left` of which exist.
+
+    In one load, so that they are copied ahead and not by every thread for itself.
+    """
+    place = tl.arange(0, 2 * BLOCK_I)
+    pairs = tl.load(ptr + place) if WHOLE else tl.load(ptr + place, mask=place < 2 * left, other=other)
+    return tl.split(tl.reshape(pairs, [BLOCK_I, 2]))
