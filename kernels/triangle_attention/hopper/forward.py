@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, shape_for
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
 
 # As triton 3.9 names them, or 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -413,14 +413,6 @@ def _triangle_attention_fwd_hopper(
     # fmt: on
 
 
-def _descriptor(t: Tensor, box: list[int]) -> TensorDescriptor:
-    """An axis of length 1 may have any stride, which the copy engine does not take."""
-    strides = [step if size > 1 else t.shape[-1] for step, size in zip(t.stride(), t.shape, strict=True)]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32}[t.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(t, list(t.shape), [*strides[:-1], 1], box, layout)
-
-
 def fixed_shift(
     q: Tensor,
     k: Tensor,
@@ -450,10 +442,10 @@ def fixed_shift(
         )
         programs = torch.cuda.get_device_properties(q.device).multi_processor_count * shape.PROGRAMS
         _triangle_attention_fwd_hopper[(min(items, programs),)](
-            _descriptor(q, [1, 1, BLOCK_I, 1, D]),
-            _descriptor(k, [1, 1, STAGE_J, 1, D]),
-            _descriptor(v, [1, 1, STAGE_J, 1, D]),
-            _descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
+            descriptor(q, [1, 1, BLOCK_I, 1, D]),
+            descriptor(k, [1, 1, STAGE_J, 1, D]),
+            descriptor(v, [1, 1, STAGE_J, 1, D]),
+            descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
             key,
             None if key is None else bias_pass.key_flags(key, stages, STAGE_J),
             out,
