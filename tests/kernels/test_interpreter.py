@@ -25,7 +25,7 @@ def test_kernels_under_the_interpreter():
     here = Path(__file__).parent
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors too small to share
     options = ["-m", "not gpu", "-k", "not on_the_cpu", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    names = ("forward", "backward", "launching", "hopper_again", "budget", "masked_rows")
+    names = ("forward", "backward", "launching", "hopper_again", "hopper_dbias_passes", "budget", "masked_rows")
     files = [str(here / f"test_{name}.py") for name in names]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],

@@ -1,0 +1,215 @@
+"""The passes around the Hopper kernel for dbias, with that kernel written in torch: what it reads, as it reads it."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs, results
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention import arguments, reference
+from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
+
+
+@dataclass
+class Given:
+    """What a backward has at hand when it comes to dbias."""
+
+    x: Inputs
+    out: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+
+    @property
+    def key(self) -> Tensor | None:
+        return self.x.key_bias if self.x.key_mask is None else self.x.key_mask.view(torch.uint8)
+
+    @property
+    def terms(self) -> Tensor:
+        delta = (self.out.float() * self.x.grad_out.float()).sum(-1).transpose(2, 3)
+        return torch.stack((self.row_sum.log2(), delta), 3).contiguous()
+
+    @property
+    def expected(self) -> Tensor:
+        return self.expected_of(list(range(self.x.q.shape[1])))
+
+    def expected_of(self, rows: list[int]) -> Tensor:
+        """In float32 and in the order of the portable kernel, summed over these rows."""
+        x = self.x.to(torch.float32)
+        logits = reference.logits(*x.op[:2], *x.op[3:])
+        p = torch.exp(logits - self.row_max[..., None]) / self.row_sum[..., None]
+        dp = torch.einsum("brihd,brjhd->brhij", x.grad_out, x.v)
+        ds = p * (dp - self.terms[:, :, :, 1, :, None])
+        if x.key_mask is not None and not x.key_term_first:
+            ds = ds.masked_fill(x.key_mask[:, :, None, None, :], 0.0)
+        return ds[:, rows].sum(1)
+
+
+def given(x: Inputs) -> Given:
+    out, row_max, row_sum = reference.forward(*x.to(torch.float32).op)
+    return Given(x, out.to(x.q.dtype), row_max, row_sum)
+
+
+def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
+    """`_triangle_attention_bwd_dbias_hopper` in torch."""
+    x = g.x
+    B, R, I, H, _ = x.q.shape
+    J = x.k.shape[2]
+    # Partition, warp, lane // 4, (shift, δ), (i, i + 8).
+    terms = row_tiles.view(B, R, H, -1, 2, 4, 8, 2, 2).permute(7, 0, 1, 2, 3, 4, 5, 8, 6).reshape(2, B, R, H, -1)
+    shift, delta = terms[..., :I, None]
+    qk = torch.einsum("brihd,brjhd->brhij", x.q.float(), x.k.float())
+    dp = torch.einsum("brihd,brjhd->brhij", x.grad_out.float(), x.v.float())
+    if keys is not None:
+        tiles, bits = keys
+        # Used or not, half, lane % 4, 8, pair.
+        tiles_j = bits.shape[1]
+        key = tiles.view(B, R, tiles_j, 2, 2, 4, 8, 2)[:, :, :, 0].permute(0, 1, 2, 3, 5, 4, 6).reshape(B, R, -1)
+        rows = torch.arange(R, device=bits.device)
+        masked = (bits[:, :, rows // 32] >> rows % 32 & 1).transpose(1, 2)  # [B, R, tiles_j]
+        masked = masked.bool().repeat_interleave(128, 2)[:, :, None, None, :J]
+        key = key[:, :, None, None, :J]
+        qk = torch.where(masked, qk + key if x.key_mask is None else qk.fmin(key), qk)
+    p = torch.exp2(qk * (x.scale * math.log2(math.e)) - shift)
+    ds = p * (dp - delta)
+    return torch.stack([part.sum(1) for part in ds.split(group, 1)])
+
+
+def dbias(g: Given, group: int = 1000) -> Tensor:
+    x = g.x
+    row_tiles, far = passes.row_terms(g.row_max, g.terms)
+    key_term = "add" if x.key_mask is None else "select"
+    keys = None if g.key is None else passes.key_terms(g.key, x.scale, key_term)
+    parts = rows_summed(g, row_tiles, keys, group)
+    shared = arguments.shared(*x.op)
+    return passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.row_max, g.terms, far, parts, shared)
+
+
+def inputs(device: str, key_term: str, *, R: int = 3, key_term_first: bool = False, **kwargs) -> Inputs:
+    """Two tiles by two, and R rows; the bias in float32, so that its gradient is not rounded."""
+    sizes = {"I": 130, "J": 140, "D": 16, "H": 2, **kwargs}
+    x = random_inputs(
+        R=R, dtype=torch.bfloat16, device=device, key_term=key_term, key_term_first=key_term_first, **sizes
+    )
+    return replace(x, bias=x.bias.float())
+
+
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
+def test_agrees_with_reference(device, key_term):
+    x = random_inputs(B=2, R=3, I=130, J=140, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
+    exact, rounded = results(eager, x.to(torch.float64)), results(eager, x)
+    assert_within_budget(dbias(given(x), group=2), rounded["dbias"], exact["dbias"], name="dbias")
+
+
+def _wholly_left_out(x: Inputs) -> Inputs:
+    """A row whose logits are all -1e9: each is rounded there, and its probabilities are uniform."""
+    x.key_bias[:, 1] = -1e9
+    return x
+
+
+def _wholly_filled(x: Inputs) -> Inputs:
+    x.key_mask[:, 1] = True
+    return x
+
+
+def _far(x: Inputs) -> Inputs:
+    """The bias takes one query far from zero."""
+    x.bias[..., 2, :] -= 20000.0
+    return x
+
+
+def _masked_in_the_bias(x: Inputs) -> Inputs:
+    x.bias[..., 5:9, 20:40] = float("-inf")
+    x.bias[..., 70:80, 20:40] = -1e9
+    return x
+
+
+def _all_at_minus_infinity(x: Inputs) -> Inputs:
+    x.bias[..., 2, :] = float("-inf")
+    return x
+
+
+def _large(x: Inputs) -> Inputs:
+    """Beyond what stays a factor, and within it."""
+    x.bias[..., :64, :] *= 20.0
+    x.bias[..., 64:, :] *= 8.0
+    return x
+
+
+def _nan_in_q(x: Inputs) -> Inputs:
+    x.q[0, 1, 2] = float("nan")
+    return x
+
+
+def _nan_in_a_masked_key(x: Inputs) -> Inputs:
+    x.key_mask[0, 1, 77] = True
+    x.k[0, 1, 77] = float("nan")
+    return x
+
+
+CHANGES = {
+    "wholly left out": (_wholly_left_out, "additive"),
+    "wholly filled": (_wholly_filled, "mask"),
+    "far from zero": (_far, "none"),
+    "masked in the bias": (_masked_in_the_bias, "additive"),
+    "all at -inf": (_all_at_minus_infinity, "none"),
+    "large bias": (_large, "none"),
+    "NaN in q": (_nan_in_q, "none"),
+    "NaN in a masked key": (_nan_in_a_masked_key, "mask"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_special_rows_and_tiles(device, change):
+    changed, key_term = CHANGES[change]
+    g = given(changed(inputs(device, key_term)))
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_key_term_before_the_bias(device, key_term):
+    x = inputs(device, key_term, key_term_first=True)
+    x = _wholly_left_out(x) if key_term == "additive" else _wholly_filled(x)
+    g = given(x)
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
+def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
+    """All others come from the sums over rows alone."""
+    x = inputs(device, key_term)
+    x.q[:, 1, 2] *= 1e5
+    x.bias[..., 100, 130] = 45.0
+    g = given(x)
+    _, far = passes.row_terms(g.row_max, g.terms)
+    expected = torch.zeros_like(far)
+    expected[:, :, 0, 1] = 1
+    assert torch.equal(far, expected)
+    parts = torch.full((2, *x.bias.shape), 0.5, device=device)
+    shared = arguments.shared(*x.op)
+    actual = passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.row_max, g.terms, far, parts, shared)
+    other = torch.ones_like(x.bias, dtype=torch.bool)
+    other[..., 2, :] = False
+    other[..., 64:128, 128:] = False
+    torch.testing.assert_close(actual[other], x.bias.exp()[other], rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual[..., 64:128, 128:], g.expected[..., 64:128, 128:], rtol=1e-3, atol=1e-4)
+    added = g.expected_of([1])[..., 2, :]
+    torch.testing.assert_close(actual[..., 2, :], x.bias.exp()[..., 2, :] + added, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_bits_tell_which_rows_have_a_key_term(device, key_term):
+    """In more rows than a word has bits."""
+    x = inputs(device, key_term, R=70, I=1, J=300)
+    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    key[...] = 0
+    for r, j in ((0, 5), (31, 127), (32, 128), (69, 299), (69, 0)):
+        key[:, r, j] = 1
+    _, bits = passes.key_terms(key, x.scale, "add" if x.key_mask is None else "select")
+    expected = torch.zeros((1, 3, 3), dtype=torch.int64)
+    for tile, r in ((0, 0), (0, 31), (1, 32), (2, 69), (0, 69)):
+        expected[:, tile, r // 32] |= 1 << r % 32
+    assert torch.equal(bits.cpu(), expected.to(torch.int32))
