@@ -1,56 +1,18 @@
 """The passes around the Hopper kernel for dbias, with that kernel written in torch: what it reads, as it reads it."""
 
 import math
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs, results
+from trifast_inductor.testing import assert_within_budget, eager, random_inputs, results
+
+from .dbias_cases import CHANGES, Given, given, inputs, wholly_filled, wholly_left_out
 
 pytest.importorskip("triton")
-from trifast_inductor.kernels.triangle_attention import arguments, reference
+from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
-
-
-@dataclass
-class Given:
-    """What a backward has at hand when it comes to dbias."""
-
-    x: Inputs
-    out: Tensor
-    row_max: Tensor
-    row_sum: Tensor
-
-    @property
-    def key(self) -> Tensor | None:
-        return self.x.key_bias if self.x.key_mask is None else self.x.key_mask.view(torch.uint8)
-
-    @property
-    def terms(self) -> Tensor:
-        delta = (self.out.float() * self.x.grad_out.float()).sum(-1).transpose(2, 3)
-        return torch.stack((self.row_sum.log2(), delta), 3).contiguous()
-
-    @property
-    def expected(self) -> Tensor:
-        return self.expected_of(list(range(self.x.q.shape[1])))
-
-    def expected_of(self, rows: list[int]) -> Tensor:
-        """In float32 and in the order of the portable kernel, summed over these rows."""
-        x = self.x.to(torch.float32)
-        logits = reference.logits(*x.op[:2], *x.op[3:])
-        p = torch.exp(logits - self.row_max[..., None]) / self.row_sum[..., None]
-        dp = torch.einsum("brihd,brjhd->brhij", x.grad_out, x.v)
-        ds = p * (dp - self.terms[:, :, :, 1, :, None])
-        if x.key_mask is not None and not x.key_term_first:
-            ds = ds.masked_fill(x.key_mask[:, :, None, None, :], 0.0)
-        return ds[:, rows].sum(1)
-
-
-def given(x: Inputs) -> Given:
-    out, row_max, row_sum = reference.forward(*x.to(torch.float32).op)
-    return Given(x, out.to(x.q.dtype), row_max, row_sum)
 
 
 def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
@@ -88,78 +50,11 @@ def dbias(g: Given, group: int = 1000) -> Tensor:
     return passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.row_max, g.terms, far, parts, shared)
 
 
-def inputs(device: str, key_term: str, *, R: int = 3, key_term_first: bool = False, **kwargs) -> Inputs:
-    """Two tiles by two, and R rows; the bias in float32, so that its gradient is not rounded."""
-    sizes = {"I": 130, "J": 140, "D": 16, "H": 2, **kwargs}
-    x = random_inputs(
-        R=R, dtype=torch.bfloat16, device=device, key_term=key_term, key_term_first=key_term_first, **sizes
-    )
-    return replace(x, bias=x.bias.float())
-
-
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
 def test_agrees_with_reference(device, key_term):
     x = random_inputs(B=2, R=3, I=130, J=140, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
     exact, rounded = results(eager, x.to(torch.float64)), results(eager, x)
     assert_within_budget(dbias(given(x), group=2), rounded["dbias"], exact["dbias"], name="dbias")
-
-
-def _wholly_left_out(x: Inputs) -> Inputs:
-    """A row whose logits are all -1e9: each is rounded there, and its probabilities are uniform."""
-    x.key_bias[:, 1] = -1e9
-    return x
-
-
-def _wholly_filled(x: Inputs) -> Inputs:
-    x.key_mask[:, 1] = True
-    return x
-
-
-def _far(x: Inputs) -> Inputs:
-    """The bias takes one query far from zero."""
-    x.bias[..., 2, :] -= 20000.0
-    return x
-
-
-def _masked_in_the_bias(x: Inputs) -> Inputs:
-    x.bias[..., 5:9, 20:40] = float("-inf")
-    x.bias[..., 70:80, 20:40] = -1e9
-    return x
-
-
-def _all_at_minus_infinity(x: Inputs) -> Inputs:
-    x.bias[..., 2, :] = float("-inf")
-    return x
-
-
-def _large(x: Inputs) -> Inputs:
-    """Beyond what stays a factor, and within it."""
-    x.bias[..., :64, :] *= 20.0
-    x.bias[..., 64:, :] *= 8.0
-    return x
-
-
-def _nan_in_q(x: Inputs) -> Inputs:
-    x.q[0, 1, 2] = float("nan")
-    return x
-
-
-def _nan_in_a_masked_key(x: Inputs) -> Inputs:
-    x.key_mask[0, 1, 77] = True
-    x.k[0, 1, 77] = float("nan")
-    return x
-
-
-CHANGES = {
-    "wholly left out": (_wholly_left_out, "additive"),
-    "wholly filled": (_wholly_filled, "mask"),
-    "far from zero": (_far, "none"),
-    "masked in the bias": (_masked_in_the_bias, "additive"),
-    "all at -inf": (_all_at_minus_infinity, "none"),
-    "large bias": (_large, "none"),
-    "NaN in q": (_nan_in_q, "none"),
-    "NaN in a masked key": (_nan_in_a_masked_key, "mask"),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -172,7 +67,7 @@ def test_special_rows_and_tiles(device, change):
 @pytest.mark.parametrize("key_term", ["additive", "mask"])
 def test_key_term_before_the_bias(device, key_term):
     x = inputs(device, key_term, key_term_first=True)
-    x = _wholly_left_out(x) if key_term == "additive" else _wholly_filled(x)
+    x = wholly_left_out(x) if key_term == "additive" else wholly_filled(x)
     g = given(x)
     torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4)
 
