@@ -41,7 +41,8 @@ def _is_far(row_max):
     return (tl.abs(row_max) <= FAR) == 0
 
 
-@triton.jit
+# Compiled once for all lengths, as the kernel between them is.
+@triton.jit(do_not_specialize=["heads", "R", "H", "I", "tiles_i"])
 def _triangle_attention_bwd_dbias_row_terms(
     row_max_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, 2, I] contiguous: log2 of the row sum, δ
@@ -76,7 +77,7 @@ def _triangle_attention_bwd_dbias_row_terms(
     tl.store(far_ptr + ((b * H + head % H) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "J", "tiles_j", "words"])
 def _triangle_attention_bwd_dbias_key_terms(
     key_ptr,
     tiles_ptr,  # [B, R, tiles_j, 8, 32]: the key term over the scale, in the order in which threads take it
@@ -111,7 +112,8 @@ def _triangle_attention_bwd_dbias_key_terms(
     tl.store(tiles_ptr + place[:, None] + tl.arange(0, 128)[None, :], term, mask=(row < R)[:, None])
 
 
-@triton.jit
+# J tells whether rows of the parts lie on 16 bytes.
+@triton.jit(do_not_specialize=["B", "R", "H", "I", "parts", "tiles_i"])
 def _triangle_attention_bwd_dbias_finish(
     q_ptr,
     k_ptr,
@@ -270,8 +272,7 @@ def finish(
     given: dict[str, Any],
 ) -> Tensor:
     """dbias from the sums over groups of rows; `given` is of `arguments.shared`."""
-    B, R, _, H, _ = q.shape
-    _, _, I, J = bias.shape
+    B, H, I, J = bias.shape
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     values = {
         **given,
@@ -281,7 +282,7 @@ def finish(
         "tiles_i": far.shape[2],
         "BLOCK_I": 64,
         "BLOCK_J": 64,
-        "SEEN": min(1024, triton.next_power_of_2(R)),
+        "SEEN": 1024,
     }
     kernel = _triangle_attention_bwd_dbias_finish
     rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
