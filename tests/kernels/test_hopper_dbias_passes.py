@@ -88,9 +88,9 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     actual = passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.row_max, g.terms, far, parts, shared)
     other = torch.ones_like(x.bias, dtype=torch.bool)
     other[..., 2, :] = False
-    other[..., 64:128, 128:] = False
+    other[..., 96:128, 128:] = False
     torch.testing.assert_close(actual[other], x.bias.exp()[other], rtol=1e-5, atol=0)
-    torch.testing.assert_close(actual[..., 64:128, 128:], g.expected[..., 64:128, 128:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual[..., 96:128, 128:], g.expected[..., 96:128, 128:], rtol=1e-3, atol=1e-4)
     added = g.expected_of([1])[..., 2, :]
     torch.testing.assert_close(actual[..., 2, :], x.bias.exp()[..., 2, :] + added, rtol=1e-3, atol=1e-4)
 
@@ -108,3 +108,12 @@ def test_bits_tell_which_rows_have_a_key_term(device, key_term):
     for tile, r in ((0, 0), (0, 31), (1, 32), (2, 69), (0, 69)):
         expected[:, tile, r // 32] |= 1 << r % 32
     assert torch.equal(bits.cpu(), expected.to(torch.int32))
+
+
+@pytest.mark.parametrize("R", [1, 5, 1024, 2100])
+def test_far_rows_are_listed_in_order(device, R):
+    far = torch.rand((2, 1, 3, R), generator=torch.Generator().manual_seed(0)) < 0.3
+    far[1, 0, 1] = False
+    rows = passes.far_rows(far.to(device, torch.int32)).cpu()
+    for listed, wanted in zip(rows.flatten(0, 2), far.flatten(0, 2), strict=True):
+        assert listed[1 : 1 + int(listed[0])].tolist() == wanted.nonzero()[:, 0].tolist()

@@ -112,6 +112,24 @@ def _triangle_attention_bwd_dbias_key_terms(
     tl.store(tiles_ptr + place[:, None] + tl.arange(0, 128)[None, :], term, mask=(row < R)[:, None])
 
 
+@triton.jit(do_not_specialize=["R"])
+def _triangle_attention_bwd_dbias_list_far(
+    far_ptr,  # [B, H, tiles_i, R]
+    rows_ptr,  # [B, H, tiles_i, R + 1]: how many, and which
+    R,
+    SEEN: tl.constexpr,  # rows looked at together
+):
+    far_ptr += tl.program_id(0) * R
+    rows_ptr += tl.program_id(0) * (R + 1)
+    count = 0
+    for start in range(0, R, SEEN):
+        row = start + tl.arange(0, SEEN)
+        far = tl.load(far_ptr + row, mask=row < R, other=0)
+        tl.store(rows_ptr + count + tl.cumsum(far, 0), row, mask=far != 0)
+        count += tl.sum(far, 0)
+    tl.store(rows_ptr, count)
+
+
 # J tells whether rows of the parts lie on 16 bytes.
 @triton.jit(do_not_specialize=["B", "R", "H", "I", "parts", "tiles_i"])
 def _triangle_attention_bwd_dbias_finish(
@@ -123,7 +141,7 @@ def _triangle_attention_bwd_dbias_finish(
     do_ptr,
     row_max_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, 2, I] contiguous
-    far_ptr,  # [B, H, tiles_i, R]
+    rows_ptr,  # [B, H, tiles_i, R + 1]: how many rows have such a query, and which
     parts_ptr,  # [parts, B, H, I, J] contiguous
     dbias_ptr,  # [B, H, I, J] contiguous
     stride_qb: tl.int64,
@@ -167,9 +185,9 @@ def _triangle_attention_bwd_dbias_finish(
     KEY_TERM: tl.constexpr,
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SEEN: tl.constexpr,  # rows looked at together
 ):
     pid = tl.program_id(0)
     blocks_i = tl.cdiv(I, BLOCK_I)
@@ -203,34 +221,27 @@ def _triangle_attention_bwd_dbias_finish(
     do_ptr += b * stride_dob + h * stride_doh
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b
-    far_ptr += (head * tiles_i + first_i // 128) * R
-    for start in range(0, R, SEEN):
-        seen = start + tl.arange(0, SEEN)
-        some = tl.max(tl.load(far_ptr + seen, mask=seen < R, other=0), 0)
-        if some != 0 or not is_factor:
-            for row in range(start, tl.minimum(start + SEEN, R)):
-                if tl.load(far_ptr + row) != 0 or not is_factor:
-                    r = tl.cast(row, tl.int64)
-                    statistics = (b * R + r) * H + h
-                    q = load_rows(q_ptr + r * stride_qr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, False)
-                    k = load_rows(k_ptr + r * stride_kr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, False)
-                    qk = dot(q, tl.trans(k), None, PRECISION)
-                    row_key_ptr = key_ptr + r * stride_key_r if KEY_TERM != "none" else key_ptr
-                    key = load_key_term(row_key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
-                    x = logits_tile(
-                        qk, bias, key[None, :], None, scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True
-                    )
-                    row_max = tl.load(row_max_ptr + statistics * I + i, mask=i_in_range, other=0.0)
-                    log2_sum = tl.load(terms_ptr + statistics * 2 * I + i, mask=i_in_range, other=0.0)
-                    delta = tl.load(terms_ptr + (statistics * 2 + 1) * I + i, mask=i_in_range, other=0.0)
-                    p = probabilities(x, row_max[:, None], log2_sum[:, None])
-                    do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, False)
-                    v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, False)
-                    dp = dot(do, tl.trans(v), None, PRECISION)
-                    ds = p * (dp - delta[:, None])
-                    if KEY_TERM == "select" and not KEY_TERM_FIRST:
-                        ds = tl.where(key[None, :], 0.0, ds)
-                    total += tl.where((_is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
+    rows_ptr += (head * tiles_i + first_i // 128) * (R + 1)
+    for n in range(tl.load(rows_ptr) if is_factor else R):
+        r = tl.load(rows_ptr + 1 + n, mask=is_factor, other=n).to(tl.int64)
+        statistics = (b * R + r) * H + h
+        q = load_rows(q_ptr + r * stride_qr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+        k = load_rows(k_ptr + r * stride_kr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+        qk = dot(q, tl.trans(k), None, PRECISION)
+        row_key_ptr = key_ptr + r * stride_key_r if KEY_TERM != "none" else key_ptr
+        key = load_key_term(row_key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
+        x = logits_tile(qk, bias, key[None, :], None, scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
+        row_max = tl.load(row_max_ptr + statistics * I + i, mask=i_in_range, other=0.0)
+        log2_sum = tl.load(terms_ptr + statistics * 2 * I + i, mask=i_in_range, other=0.0)
+        delta = tl.load(terms_ptr + (statistics * 2 + 1) * I + i, mask=i_in_range, other=0.0)
+        p = probabilities(x, row_max[:, None], log2_sum[:, None])
+        do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if KEY_TERM == "select" and not KEY_TERM_FIRST:
+            ds = tl.where(key[None, :], 0.0, ds)
+        total += tl.where((_is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
 
@@ -258,6 +269,14 @@ def key_terms(key: Tensor, scale: float, key_term: str) -> tuple[Tensor, Tensor]
     return tiles, bits
 
 
+def far_rows(far: Tensor) -> Tensor:
+    """`[B, H, tiles_i, R + 1]`: of each tile, in how many rows the last pass has a query, and in which, in order."""
+    R = far.shape[3]
+    rows = torch.empty((*far.shape[:3], R + 1), dtype=torch.int32, device=far.device)
+    _triangle_attention_bwd_dbias_list_far[(rows.numel() // (R + 1),)](far, rows, R, SEEN=1024)
+    return rows
+
+
 def finish(
     grad_out: Tensor,
     q: Tensor,
@@ -280,12 +299,13 @@ def finish(
         "B": B,
         "parts": parts.shape[0],
         "tiles_i": far.shape[2],
-        "BLOCK_I": 64,
+        "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
+        # Small: there is mostly nothing to walk, and where there is, programs are many.
+        "BLOCK_I": 32,
         "BLOCK_J": 64,
-        "SEEN": 1024,
     }
     kernel = _triangle_attention_bwd_dbias_finish
     rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
-    programs = B * H * triton.cdiv(I, 64) * triton.cdiv(J, 64)
-    kernel[(programs,)](q, k, v, bias, key, grad_out, row_max, terms, far, parts, dbias, **rest, num_warps=4)
+    programs = B * H * triton.cdiv(I, 32) * triton.cdiv(J, 64)
+    kernel[(programs,)](q, k, v, bias, key, grad_out, row_max, terms, far_rows(far), parts, dbias, **rest, num_warps=4)
     return dbias
