@@ -1,1 +1,1 @@
-"""Kernels for Hopper alone. `forward.launch` does not choose them yet: docs/benchmarks/log-hopper.md says why."""
+"""Kernels for Hopper alone. Nothing chooses them yet: docs/benchmarks/log-hopper.md and log-hopper-dbias.md say why."""
