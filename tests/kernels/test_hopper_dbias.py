@@ -45,8 +45,12 @@ def launch(g: Given, shape: dbias_choice.Shape | None = None) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("D", [16, 32, 64])
+# Few: each is compiled anew, for each kind of key term.
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float16, 32)],
+    ids=["bfloat16-16", "bfloat16-32", "bfloat16-64", "float16-32"],
+)
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_agrees_with_reference(hopper, dtype, D, key_term, layout):
@@ -62,7 +66,7 @@ def test_agrees_with_reference(hopper, dtype, D, key_term, layout):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("I", [1, 128, 300])
 @pytest.mark.parametrize("J", [64, 65, 333, 512])
-@pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
+@pytest.mark.parametrize("key_term", ["none", "mask"])
 def test_any_shape_and_length(hopper, shape, I, J, key_term):
     g = given(inputs(hopper, key_term, R=5, I=I, J=J, D=32))
     torch.testing.assert_close(launch(g, SHAPES[shape]), g.expected, rtol=1e-3, atol=1e-4)
@@ -83,14 +87,14 @@ def test_any_number_of_rows(hopper, shape, R, key_term):
 @pytest.mark.parametrize("change", CHANGES)
 def test_special_rows_and_tiles(hopper, shape, change):
     changed, key_term = CHANGES[change]
-    g = given(changed(inputs(hopper, key_term)))
+    g = given(changed(inputs(hopper, key_term, D=32)))
     torch.testing.assert_close(launch(g, SHAPES[shape]), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_term", ["additive", "mask"])
 def test_key_term_before_the_bias(hopper, key_term):
-    x = inputs(hopper, key_term, key_term_first=True)
+    x = inputs(hopper, key_term, key_term_first=True, D=32)
     g = given(wholly_left_out(x) if key_term == "additive" else wholly_filled(x))
     torch.testing.assert_close(launch(g), g.expected, rtol=1e-3, atol=1e-4)
 
