@@ -42,7 +42,7 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
 
 def dbias(g: Given, group: int = 1000) -> Tensor:
     x = g.x
-    row_tiles, far = passes.row_terms(g.row_max, g.terms)
+    row_tiles, far = passes.row_terms(x.grad_out, g.row_max, g.terms)
     key_term = "add" if x.key_mask is None else "select"
     keys = None if g.key is None else passes.key_terms(g.key, x.scale, key_term)
     parts = rows_summed(g, row_tiles, keys, group)
@@ -79,7 +79,7 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     x.q[:, 1, 2] *= 1e5
     x.bias[..., 100, 130] = 45.0
     g = given(x)
-    _, far = passes.row_terms(g.row_max, g.terms)
+    _, far = passes.row_terms(x.grad_out, g.row_max, g.terms)
     expected = torch.zeros_like(far)
     expected[:, :, 0, 1] = 1
     assert torch.equal(far, expected)
@@ -117,3 +117,24 @@ def test_far_rows_are_listed_in_order(device, R):
     rows = passes.far_rows(far.to(device, torch.int32)).cpu()
     for listed, wanted in zip(rows.flatten(0, 2), far.flatten(0, 2), strict=True):
         assert listed[1 : 1 + int(listed[0])].tolist() == wanted.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_queries_without_a_gradient_are_not_walked(device, key_term):
+    """Three rows without a key: in one no query has a gradient, in one a single query has, in one the sums are NaN."""
+    x = inputs(device, key_term, R=4)
+    for row in (1, 2, 3):
+        if key_term == "additive":
+            x.key_bias[:, row] = -1e9
+        else:
+            x.key_mask[:, row] = True
+    x.grad_out[:, 1:] = 0.0
+    x.grad_out[0, 2, 129, 1, 3] = 1.0
+    g = given(x)
+    g.row_sum[0, 3, 0, 5] = float("nan")
+    _, far = passes.row_terms(x.grad_out, g.row_max, g.terms)
+    expected = torch.zeros_like(far)
+    expected[0, 1, 1, 2] = 1  # of head 1, the second 128 queries, row 2
+    expected[0, 0, 0, 3] = 1
+    assert torch.equal(far, expected)
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)

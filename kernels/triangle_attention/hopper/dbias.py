@@ -313,7 +313,7 @@ def launch(
     group = rows_of_a_part(R, tiles, processors)
     parts = torch.empty((triton.cdiv(R, group), B, H, I, J), dtype=torch.float32, device=q.device)
     with on_device_of(q):
-        row_tiles, far = passes.row_terms(row_max, terms)
+        row_tiles, far = passes.row_terms(grad_out, row_max, terms)
         key_tiles, key_bits = (None, None) if key is None else passes.key_terms(key, scale, key_term)
         _triangle_attention_bwd_dbias_hopper[(parts.shape[0] * tiles,)](
             descriptor(q, [1, 1, 128, 1, D]),

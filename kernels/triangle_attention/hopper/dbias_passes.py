@@ -5,9 +5,9 @@
 All of it is exact only while row_max is a number of some size and the bias not a large one, so
 
 - a query whose maximum lies beyond `FAR`, as that of a row without a key left does, is given a shift of +inf: it adds
-  nothing to the sums;
-- the last pass multiplies by exp(bias), adds the parts in order, and walks those queries once more in the order of
-  `logits.py`; and all of them in a tile with a bias beyond `LARGEST`, whose sums it does not use.
+  nothing to the sums, and the last pass walks it unless it has no gradient;
+- the last pass multiplies by exp(bias), adds the parts in order, and walks those queries in the order of `logits.py`;
+  and all of them in a tile with a bias beyond `LARGEST`, whose sums it does not use.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -44,15 +44,21 @@ def _is_far(row_max):
 # Compiled once for all lengths, as the kernel between them is.
 @triton.jit(do_not_specialize=["heads", "R", "H", "I", "tiles_i"])
 def _triangle_attention_bwd_dbias_row_terms(
+    do_ptr,
     row_max_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, 2, I] contiguous: log2 of the row sum, δ
     tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
     far_ptr,  # [B, H, tiles_i, R]: whether the last pass has a query to walk
+    stride_dob: tl.int64,
+    stride_dor: tl.int64,
+    stride_doi: tl.int64,
+    stride_doh: tl.int64,
     heads,  # B·R·H
     R,
     H,
     I,
     tiles_i,
+    D: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -71,10 +77,22 @@ def _triangle_attention_bwd_dbias_row_terms(
     both = tl.join(shift, delta).reshape([HEADS, 2, 4, 2, 8, 2]).permute([0, 1, 2, 4, 5, 3]).reshape([HEADS, 256])
     place = (head.to(tl.int64) * tiles_i + tile_i) * 256
     tl.store(tiles_ptr + place[:, None] + tl.arange(0, 256)[None, :], both, mask=(head < heads)[:, None])
-    b = head // (H * R)
-    row = head // H % R
-    flag = tl.max((far & in_range).to(tl.int32), 1)
-    tl.store(far_ptr + ((b * H + head % H) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
+    b = (head // (H * R)).to(tl.int64)
+    row = (head // H % R).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    walked = (far & in_range).to(tl.int32)
+    if tl.max(tl.max(walked, 1), 0) != 0:
+        # Without a gradient, as a row of padding mostly is, a query adds nothing; unless its probabilities are NaN.
+        ptrs = do_ptr + (b * stride_dob + row * stride_dor + h * stride_doh)[:, None] + offset(i, stride_doi)[None, :]
+        some = tl.zeros([HEADS, 128], tl.int32)
+        for d in tl.range(0, D, 8, num_stages=1):
+            d_ptrs = ptrs[:, :, None] + (d + tl.arange(0, 8))[None, None, :]
+            do = tl.load(d_ptrs, mask=(walked != 0)[:, :, None], other=0.0)
+            some |= tl.max((do != 0.0).to(tl.int32), 2)
+        is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
+        walked = tl.where((some != 0) | (delta != 0.0) | (is_number == 0), walked, 0)
+    flag = tl.max(walked, 1)
+    tl.store(far_ptr + ((b * H + h) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
 
 
 @triton.jit(do_not_specialize=["R", "J", "tiles_j", "words"])
@@ -245,14 +263,28 @@ def _triangle_attention_bwd_dbias_finish(
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
 
-def row_terms(row_max: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+def row_terms(grad_out: Tensor, row_max: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
     B, R, H, I = row_max.shape
     tiles_i, heads = triton.cdiv(I, 128), B * R * H
     tiles = torch.empty((heads * tiles_i * 8, 32), dtype=torch.float32, device=row_max.device)
     far = torch.empty((B, H, tiles_i, R), dtype=torch.int32, device=row_max.device)
-    grid = (triton.cdiv(heads, 8) * tiles_i,)
-    _triangle_attention_bwd_dbias_row_terms[grid](row_max, terms, tiles, far, heads, R, H, I, tiles_i, HEADS=8)
+    grid = (triton.cdiv(heads, 4) * tiles_i,)
+    _triangle_attention_bwd_dbias_row_terms[grid](
+        grad_out,
+        row_max,
+        terms,
+        tiles,
+        far,
+        *grad_out.stride()[:4],
+        heads,
+        R,
+        H,
+        I,
+        tiles_i,
+        grad_out.shape[4],
+        HEADS=4,
+    )
     return tiles, far
 
 
@@ -264,7 +296,7 @@ def key_terms(key: Tensor, scale: float, key_term: str) -> tuple[Tensor, Tensor]
     tiles = torch.empty((B * R * tiles_j * 8, 32), dtype=torch.float32, device=key.device)
     bits = torch.empty((B, tiles_j, words), dtype=torch.int32, device=key.device)
     _triangle_attention_bwd_dbias_key_terms[(bits.numel(),)](
-        key, tiles, bits, *key.stride(), R, J, tiles_j, words, scale, KEY_TERM=key_term
+        key, tiles, bits, *key.stride(), R, J, tiles_j, words, scale, KEY_TERM=key_term, num_warps=8
     )
     return tiles, bits
 
