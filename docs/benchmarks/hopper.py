@@ -190,7 +190,7 @@ class Process:
 def main(names: list[str], sizes: list[int], seconds: float, script: str = __file__) -> None:
     end = time.monotonic() + seconds
     processes = [Process(name, sizes, script) for name in names]
-    ready_by = time.monotonic() + min(COMPILING, seconds / 2)
+    ready_by = time.monotonic() + min(COMPILING, 0.6 * seconds)
     ready = {p.name: p.hear(max(ready_by - time.monotonic(), 0.1), b"ready\n") for p in processes}
     for p in processes:
         if not ready[p.name]:

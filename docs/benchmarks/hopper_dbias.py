@@ -130,11 +130,11 @@ def work(name: str, sizes: list[int]) -> None:
     import triton
 
     for left_out in ("none", "padded"):
-        # Of the lengths to come, which compile anew, with few rows; and of awkward ones.
-        for N, J, R in [(200, 333, 37), *((N, N, 48) for N in sizes)]:
-            g = given(N, left_out, J, R)
+        for N in sizes:
+            # With few rows: what is compiled serves for all. Odd lengths are for the tests.
+            g = given(N, left_out, R=48)
             off = error(g, call_of(name, g)())
-            assert off < 0.01, f"largest error {off:.1e} of the largest element at I={N}, J={J}, R={R}, {left_out}"
+            assert off < 0.01, f"largest error {off:.1e} of the largest element at N={N}, R=48, {left_out}"
     torch.cuda.synchronize()
     print("ready", flush=True)
     sys.stdin.readline()
