@@ -144,9 +144,9 @@ def work(name: str, sizes: list[int]) -> None:
 class Process:
     """One name at work. Its standard error is kept for the last line of what went wrong."""
 
-    def __init__(self, name: str, sizes: list[int]) -> None:
+    def __init__(self, name: str, sizes: list[int], script: str = __file__) -> None:
         self.name = name
-        command = [sys.executable, __file__, "--work", name, "--sizes", ",".join(map(str, sizes))]
+        command = [sys.executable, script, "--work", name, "--sizes", ",".join(map(str, sizes))]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
@@ -187,10 +187,10 @@ class Process:
             self.process.communicate(timeout=10)
 
 
-def main(names: list[str], sizes: list[int], seconds: float) -> None:
+def main(names: list[str], sizes: list[int], seconds: float, script: str = __file__) -> None:
     end = time.monotonic() + seconds
-    processes = [Process(name, sizes) for name in names]
-    ready_by = time.monotonic() + min(COMPILING, seconds / 2)
+    processes = [Process(name, sizes, script) for name in names]
+    ready_by = time.monotonic() + min(COMPILING, 0.6 * seconds)
     ready = {p.name: p.hear(max(ready_by - time.monotonic(), 0.1), b"ready\n") for p in processes}
     for p in processes:
         if not ready[p.name]:

@@ -74,7 +74,9 @@ def _parse(words: list[str]) -> None:
 def _parse_script(script: Path, argv: list[str]) -> None:
     assert script.exists(), script
     if "argparse" in script.read_text():
-        with mock.patch.object(sys, "argv", argv):
+        # As python does for a script, which may import its neighbours.
+        beside = [str(script.parent), *sys.path]
+        with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "path", beside):
             _until_parsed(lambda: runpy.run_path(str(script), run_name="__main__"))
 
 

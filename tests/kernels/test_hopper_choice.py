@@ -7,14 +7,15 @@ from unittest import mock
 import pytest
 import torch
 
-from trifast_inductor.testing import assert_within_budget, eager, random_inputs
+from trifast_inductor.testing import assert_within_budget, eager, random_inputs, results
 
 pytest.importorskip("triton")
-from trifast_inductor.kernels.triangle_attention import forward, reference
+from trifast_inductor.kernels.triangle_attention import backward, forward, reference
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from trifast_inductor.kernels.triangle_attention.hopper import dbias as dbias_on_hopper
 from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
 
 
@@ -105,12 +106,17 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(device, monkeypatch, capl
         assert all(map(torch.equal, result, expected))
 
 
+@pytest.fixture
+def hopper_gpu():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper_gpu")
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
 @pytest.mark.parametrize("D", [16, 32, 64])
 def test_long_sequences_take_it(key_term, D):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
     x = long_inputs("cuda", key_term=key_term, D=D)
     assert refusal(x) is None
     with mock.patch.object(on_hopper, "launch", wraps=on_hopper.launch) as launched:
@@ -121,3 +127,21 @@ def test_long_sequences_take_it(key_term, D):
     assert_within_budget(out, eager(*x.op), exact[0], name="out")
     log_sum = row_max.double() + row_sum.double().log()
     assert (log_sum - exact[1] - exact[2].log()).abs().max() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper_gpu")
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
+@pytest.mark.parametrize("D", [16, 32, 64])
+def test_gradients_of_long_sequences(key_term, D):
+    """Forward, dq, dk and dv, and dbias each by the kernel that is there for such lengths."""
+    x = long_inputs("cuda", I=400, J=384, key_term=key_term, D=D)
+    in_eager, exact = results(eager, x), results(eager, x.to(torch.float64))
+    saved = forward.launch(*x.op)
+    with mock.patch.object(dbias_on_hopper, "launch", wraps=dbias_on_hopper.launch) as launched:
+        gradients = [backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True) for _ in range(2)]
+    assert launched.call_count == 2
+    assert choice.gluon_refusal() is None
+    for name, actual, again in zip(("dq", "dk", "dv", "dbias"), *gradients, strict=True):
+        assert torch.equal(actual, again), name
+        assert_within_budget(actual, in_eager[name], exact[name], name=name)

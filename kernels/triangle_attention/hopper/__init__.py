@@ -1,1 +1,1 @@
-"""Kernels for Hopper alone, in Gluon. `choice.py` says when `forward.launch` takes them."""
+"""Kernels for Hopper alone, in Gluon. `choice.py` and `dbias_choice.py` say when the launchers take them."""

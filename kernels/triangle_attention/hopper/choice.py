@@ -79,7 +79,7 @@ def _is_hopper(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _copied_by_engine(t: Tensor) -> bool:
+def copied_by_engine(t: Tensor) -> bool:
     """Whether the copy engine can walk it: 16-byte steps forward along every axis but the last, which is dense."""
     unit = 16 // t.itemsize
     steps = (step for step, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
@@ -119,6 +119,6 @@ def refusal(
         return "the bias is divided by the scale, which is not positive"
     if key_mask is not None and fill > (-1e30 if key_term_first else -1e4):
         return f"a fill of {fill} may leave a masked key some probability"
-    if not all(map(_copied_by_engine, (q, k, v))):
+    if not all(map(copied_by_engine, (q, k, v))):
         return "q, k or v has rows that are not dense or not on 16 bytes"
     return gluon_refusal()

@@ -29,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.ahead import attend_ahead
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, shape_for
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
 
@@ -229,16 +229,6 @@ def _triangle_attention_fwd_hopper(
     # fmt: on
 
 
-def _descriptor(t: Tensor, box: list[int]) -> TensorDescriptor:
-    """An axis of length 1 may have any stride, which the copy engine does not take."""
-    strides = [step if size > 1 else t.shape[-1] for step, size in zip(t.stride(), t.shape, strict=True)]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int32: gl.int32, torch.float32: gl.float32}[
-        t.dtype
-    ]
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(t, list(t.shape), [*strides[:-1], 1], box, layout)
-
-
 def fixed_shift(
     q: Tensor,
     k: Tensor,
@@ -269,11 +259,11 @@ def fixed_shift(
         terms, flags = (None, None) if key is None else bias_pass.key_terms(key, scale, stages, STAGE_J)
         programs = torch.cuda.get_device_properties(q.device).multi_processor_count
         _triangle_attention_fwd_hopper[(min(items, programs),)](
-            _descriptor(q, [1, 1, BLOCK_I, 1, D]),
-            _descriptor(k, [1, 1, STAGE_J, 1, D]),
-            _descriptor(v, [1, 1, STAGE_J, 1, D]),
-            _descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
-            None if terms is None else _descriptor(terms, [STAGE_J]),
+            descriptor(q, [1, 1, BLOCK_I, 1, D]),
+            descriptor(k, [1, 1, STAGE_J, 1, D]),
+            descriptor(v, [1, 1, STAGE_J, 1, D]),
+            descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
+            None if terms is None else descriptor(terms, [STAGE_J]),
             flags,
             out,
             row_max,

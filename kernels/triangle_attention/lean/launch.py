@@ -1,5 +1,6 @@
 """Which backward calls these kernels take, and their launches."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ import triton
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
+from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
+from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, tiles
@@ -62,6 +65,41 @@ class _Capped(Launch):
             self._options["maxnreg"] = tile.maxnreg
 
 
+@dataclass
+class _OnHopper:
+    """dbias by the kernel in Gluon, or None where Triton cannot run it."""
+
+    key_is_mask: bool
+    scale: float
+    fill: float
+    key_term_first: bool
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        terms: Tensor,
+        sums: Tensor,
+    ) -> Tensor | None:
+        if hopper.gluon_refusal() is not None:
+            return None
+        from trifast_inductor.kernels.triangle_attention.hopper import dbias
+
+        key_bias, key_mask = (None, key) if self.key_is_mask else (key, None)
+        order = (self.scale, self.fill, self.key_term_first)
+        try:
+            return dbias.launch(grad_out, q, k, v, bias, key_bias, key_mask, terms, sums, *order)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            hopper.give_up(error)
+            return None
+
+
 class Plan:
     """What a call launches, decided from shapes, strides and dtypes alone; the arguments as in `backward.launch`."""
 
@@ -93,12 +131,16 @@ class Plan:
         programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
         self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
+        self._hopper_dbias: _OnHopper | None = None
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
         self._dbias_shape: tuple[int, ...] = (0,)
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)
+        order = (scale, fill, key_term_first)
+        refused = dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *order)
+        self._hopper_dbias = None if refused else _OnHopper(key_mask is not None, *order)
         programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
@@ -130,6 +172,10 @@ class Plan:
         rest = (key, *self._keys(key, loud), grad_out)
         self._dq(q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
         self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
+        if self._hopper_dbias is not None and bias is not None:
+            dbias = self._hopper_dbias(grad_out, q, k, v, bias, key, terms, row_sums)
+            if dbias is not None:
+                return dq, dk, dv, dbias
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
             self._dbias(q, k, v, by_i, *rest, *left, parts)

@@ -1,0 +1,90 @@
+"""When the Hopper kernel for dbias may run instead of the portable one, in which shape and over how many rows."""
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention.hopper import choice
+
+TILE = 128  # queries, and keys, of a program
+_SHORTEST = 384  # keys: ahead of the lean kernel at 512, behind it at 256; between, a guess
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Parameters of `_triangle_attention_bwd_dbias_hopper`, named as they are there.
+
+    Four partitions of 64 by 64, or two of 64 by 128: in one product, or in two HALVES.
+    """
+
+    COLUMNS: int = 64
+    HALVES: int = 1
+    STAGES: int = 6
+
+    @property
+    def REGISTERS(self) -> int:
+        """Of a thread, in the partitions but the first, which has what they leave: 120 and 240."""
+        return 112 if self.COLUMNS * self.HALVES == 64 else 240
+
+    def shared_memory(self, D: int) -> int:
+        """Bytes for q, k, v, grad_out and two tiles of terms; barriers, and what partitions are given, come on top."""
+        return self.STAGES * (4 * 2 * TILE * D + 2 * 1024)
+
+
+def shape_for(D: int) -> Shape:
+    """Six rows in shared memory, three where they are twice as wide."""
+    return Shape(STAGES=6 if D <= 32 else 3)
+
+
+def rows_of_a_part(R: int, tiles: int, processors: int) -> int:
+    """Rows of a group, such that programs fill the multiprocessors (one each) and their last wave is not a short one.
+
+    Counted in rows of a tile, about 0.7 µs each on an H200: a program takes 8 more to begin and to end, and a part is
+    written and read again, 128 KiB a tile.
+    """
+
+    def cost(groups: int) -> float:
+        waves = triton.cdiv(tiles * groups, processors)
+        return float(waves * (triton.cdiv(R, groups) + 8) + groups * tiles / 16)
+
+    best = min(range(1, min(R, 64) + 1), key=cost)
+    return int(triton.cdiv(R, best))
+
+
+@functools.cache
+def _gluon_refusal() -> str | None:
+    """Gluon is experimental: a version of Triton without what the kernel needs serves the portable kernel."""
+    try:
+        importlib.import_module("trifast_inductor.kernels.triangle_attention.hopper.dbias")
+    except (ImportError, AttributeError) as error:
+        return f"this version of Triton has no Gluon that fits: {error}"
+    return None
+
+
+def refusal(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> str | None:
+    """Why only the portable kernel serves this call, or None where the Hopper one can."""
+    if bias is None:
+        return "there is no bias"
+    if grad_out.dtype != q.dtype:
+        return f"the gradient of the output is {grad_out.dtype}, not {q.dtype}"
+    if not choice.copied_by_engine(grad_out):
+        return "the gradient of the output has rows that are not dense or not on 16 bytes"
+    # Any dtype will do for the bias: it is read as it is.
+    as_read = bias.to("meta").to(q.dtype)
+    why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first) or _gluon_refusal()
+    if why is None and k.shape[2] < _SHORTEST:
+        why = f"{k.shape[2]} keys are fewer than {_SHORTEST}"
+    return why

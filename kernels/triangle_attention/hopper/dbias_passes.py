@@ -1,0 +1,343 @@
+"""What stands around the sum over rows of `dbias.py`: two passes before it and one after, in plain Triton.
+
+    shift = row_max·log2(e) + log2(row_sum)          p = exp(bias)·exp2(scale·log2(e)·⟨q, k⟩ + key term - shift)
+
+All of it is exact only while row_max is a number of some size and the bias not a large one, so
+
+- a query whose maximum lies beyond `FAR`, as that of a row without a key left does, is given a shift of +inf: it adds
+  nothing to the sums, and the last pass walks it unless it has no gradient;
+- the last pass multiplies by exp(bias), adds the parts in order, and walks those queries in the order of `logits.py`;
+  and all of them in a tile with a bias beyond `LARGEST`, whose sums it does not use.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.logits import (
+    LOG2E,
+    dot,
+    load_key_term,
+    load_rows,
+    logits_tile,
+    offset,
+    probabilities,
+)
+
+# At 4096 a shift is rounded by 2.4e-4, an eighth of what a probability in bfloat16 is.
+FAR = tl.constexpr(4096.0)
+# exp(44) is 2^63.5: beside it, sums of 2^64 and probabilities of 2^-62 are within float32.
+LARGEST = tl.constexpr(44.0)
+
+
+@triton.jit
+def _is_far(row_max):
+    # Of NaN too.
+    return (tl.abs(row_max) <= FAR) == 0
+
+
+# Compiled once for all lengths, as the kernel between them is.
+@triton.jit(do_not_specialize=["heads", "R", "H", "I", "tiles_i"])
+def _triangle_attention_bwd_dbias_row_terms(
+    do_ptr,
+    terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
+    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum, log2 of the row sum
+    tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
+    far_ptr,  # [B, H, tiles_i, R]: whether the last pass has a query to walk
+    stride_dob: tl.int64,
+    stride_dor: tl.int64,
+    stride_doi: tl.int64,
+    stride_doh: tl.int64,
+    heads,  # B·R·H
+    R,
+    H,
+    I,
+    tiles_i,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tile_i = program % tiles_i
+    head = program // tiles_i * HEADS + tl.arange(0, HEADS)
+    i = tile_i * 128 + tl.arange(0, 128)
+    in_range = (head < heads)[:, None] & (i < I)[None, :]
+    pairs = 2 * (head.to(tl.int64)[:, None] * I + i[None, :])
+    row_max = tl.load(sums_ptr + pairs, mask=in_range, other=0.0)
+    log2_sum = tl.load(sums_ptr + pairs + 1, mask=in_range, other=0.0)
+    delta = tl.load(terms_ptr + pairs + 1, mask=in_range, other=0.0)
+    far = _is_far(row_max)
+    shift = tl.where(far, float("inf"), tl.load(terms_ptr + pairs, mask=in_range, other=0.0))
+    # [partition, warp, (i, i + 8), lane // 4, (shift, δ)] -> [partition, warp, lane // 4, (shift, δ), (i, i + 8)]
+    both = tl.join(shift, delta).reshape([HEADS, 2, 4, 2, 8, 2]).permute([0, 1, 2, 4, 5, 3]).reshape([HEADS, 256])
+    place = (head.to(tl.int64) * tiles_i + tile_i) * 256
+    tl.store(tiles_ptr + place[:, None] + tl.arange(0, 256)[None, :], both, mask=(head < heads)[:, None])
+    b = (head // (H * R)).to(tl.int64)
+    row = (head // H % R).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    walked = (far & in_range).to(tl.int32)
+    if tl.max(tl.max(walked, 1), 0) != 0:
+        # Without a gradient, as a row of padding mostly is, a query adds nothing; unless its probabilities are NaN.
+        ptrs = do_ptr + (b * stride_dob + row * stride_dor + h * stride_doh)[:, None] + offset(i, stride_doi)[None, :]
+        some = tl.zeros([HEADS, 128], tl.int32)
+        for d in tl.range(0, D, 8, num_stages=1):
+            d_ptrs = ptrs[:, :, None] + (d + tl.arange(0, 8))[None, None, :]
+            do = tl.load(d_ptrs, mask=(walked != 0)[:, :, None], other=0.0)
+            some |= tl.max((do != 0.0).to(tl.int32), 2)
+        is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
+        walked = tl.where((some != 0) | (delta != 0.0) | (is_number == 0), walked, 0)
+    flag = tl.max(walked, 1)
+    tl.store(far_ptr + ((b * H + h) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
+
+
+@triton.jit(do_not_specialize=["R", "J", "tiles_j", "words"])
+def _triangle_attention_bwd_dbias_key_terms(
+    key_ptr,
+    tiles_ptr,  # [B, R, tiles_j, 8, 32]: the key term over the scale, in the order in which threads take it
+    bits_ptr,  # [B, tiles_j, words]: whether a row has any in this tile
+    stride_b: tl.int64,
+    stride_r: tl.int64,
+    stride_j: tl.int64,
+    R,
+    J,
+    tiles_j,
+    words,
+    scale,
+    KEY_TERM: tl.constexpr,
+):
+    program = tl.program_id(0)
+    word = program % words
+    tile_j = program // words % tiles_j
+    b = (program // (words * tiles_j)).to(tl.int64)
+    row = word * 32 + tl.arange(0, 32)
+    j = tile_j * 128 + tl.arange(0, 128)
+    in_range = (row < R)[:, None] & (j < J)[None, :]
+    ptrs = key_ptr + b * stride_b + row.to(tl.int64)[:, None] * stride_r + j.to(tl.int64)[None, :] * stride_j
+    key = tl.load(ptrs, mask=in_range, other=0)
+    bit = tl.max((key != 0).to(tl.int32), 1) << tl.arange(0, 32)
+    tl.store(bits_ptr + program, tl.sum(bit, 0))
+    # What selects is no addend: the least of it and the logit is taken.
+    selected = tl.where(key != 0, float("-inf"), float("inf"))
+    term = key.to(tl.float32) / scale if KEY_TERM == "add" else selected
+    # [half, 8, lane % 4, pair] -> [half, lane % 4, 8, pair]; as much again is not used.
+    term = term.reshape([32, 2, 8, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([32, 128])
+    place = ((b * R + row) * tiles_j + tile_j) * 256
+    tl.store(tiles_ptr + place[:, None] + tl.arange(0, 128)[None, :], term, mask=(row < R)[:, None])
+
+
+@triton.jit(do_not_specialize=["R"])
+def _triangle_attention_bwd_dbias_list_far(
+    far_ptr,  # [B, H, tiles_i, R]
+    rows_ptr,  # [B, H, tiles_i, R + 1]: how many, and which
+    R,
+    SEEN: tl.constexpr,  # rows looked at together
+):
+    far_ptr += tl.program_id(0) * R
+    rows_ptr += tl.program_id(0) * (R + 1)
+    count = 0
+    for start in range(0, R, SEEN):
+        row = start + tl.arange(0, SEEN)
+        far = tl.load(far_ptr + row, mask=row < R, other=0)
+        tl.store(rows_ptr + count + tl.cumsum(far, 0), row, mask=far != 0)
+        count += tl.sum(far, 0)
+    tl.store(rows_ptr, count)
+
+
+# J tells whether rows of the parts lie on 16 bytes.
+@triton.jit(do_not_specialize=["B", "R", "H", "I", "parts", "tiles_i"])
+def _triangle_attention_bwd_dbias_finish(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    key_ptr,
+    do_ptr,
+    terms_ptr,  # [B, R, H, I, 2] contiguous
+    sums_ptr,  # [B, R, H, I, 2] contiguous
+    rows_ptr,  # [B, H, tiles_i, R + 1]: how many rows have such a query, and which
+    parts_ptr,  # [parts, B, H, I, J] contiguous
+    dbias_ptr,  # [B, H, I, J] contiguous
+    stride_qb: tl.int64,
+    stride_qr: tl.int64,
+    stride_qi: tl.int64,
+    stride_qh: tl.int64,
+    stride_qd,
+    stride_kb: tl.int64,
+    stride_kr: tl.int64,
+    stride_kj: tl.int64,
+    stride_kh: tl.int64,
+    stride_kd,
+    stride_vb: tl.int64,
+    stride_vr: tl.int64,
+    stride_vj: tl.int64,
+    stride_vh: tl.int64,
+    stride_vd,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_i: tl.int64,
+    stride_bias_j,
+    stride_key_b: tl.int64,
+    stride_key_r: tl.int64,
+    stride_key_j,
+    stride_dob: tl.int64,
+    stride_dor: tl.int64,
+    stride_doi: tl.int64,
+    stride_doh: tl.int64,
+    stride_dod,
+    B,
+    R,
+    H,
+    I,
+    J,
+    parts,
+    tiles_i,
+    scale,
+    fill,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KEY_TERM: tl.constexpr,
+    KEY_TERM_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks_i = tl.cdiv(I, BLOCK_I)
+    blocks_j = tl.cdiv(J, BLOCK_J)
+    head = (pid // (blocks_i * blocks_j)).to(tl.int64)  # of [B, H]
+    h = head % H
+    b = head // H
+    first_i = pid // blocks_j % blocks_i * BLOCK_I
+    i = first_i + tl.arange(0, BLOCK_I)
+    j = pid % blocks_j * BLOCK_J + tl.arange(0, BLOCK_J)
+    i_in_range = i < I
+    j_in_range = j < J
+    in_range = i_in_range[:, None] & j_in_range[None, :]
+    bias_ptr += b * stride_bias_b + h * stride_bias_h
+    bias_ptrs = bias_ptr + offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
+    bias = tl.load(bias_ptrs, mask=in_range, other=0.0).to(tl.float32)
+    # Of NaN too.
+    is_factor = tl.min(tl.min((tl.abs(bias) <= LARGEST).to(tl.int32), 1), 0) != 0
+
+    place = (head * I + i.to(tl.int64)[:, None]) * J + j[None, :]
+    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    if is_factor:
+        for _ in range(parts):
+            total += tl.load(parts_ptr + place, mask=in_range, other=0.0)
+            parts_ptr += B * H * tl.cast(I, tl.int64) * J
+        total *= tl.exp2(bias * LOG2E)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    do_ptr += b * stride_dob + h * stride_doh
+    if KEY_TERM != "none":
+        key_ptr += b * stride_key_b
+    rows_ptr += (head * tiles_i + first_i // 128) * (R + 1)
+    for n in range(tl.load(rows_ptr) if is_factor else R):
+        r = tl.load(rows_ptr + 1 + n, mask=is_factor, other=n).to(tl.int64)
+        statistics = (b * R + r) * H + h
+        q = load_rows(q_ptr + r * stride_qr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+        k = load_rows(k_ptr + r * stride_kr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+        qk = dot(q, tl.trans(k), None, PRECISION)
+        row_key_ptr = key_ptr + r * stride_key_r if KEY_TERM != "none" else key_ptr
+        key = load_key_term(row_key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
+        x = logits_tile(qk, bias, key[None, :], None, scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
+        pairs = 2 * (statistics * I + i)
+        row_max = tl.load(sums_ptr + pairs, mask=i_in_range, other=0.0)
+        log2_sum = tl.load(sums_ptr + pairs + 1, mask=i_in_range, other=0.0)
+        delta = tl.load(terms_ptr + pairs + 1, mask=i_in_range, other=0.0)
+        p = probabilities(x, row_max[:, None], log2_sum[:, None])
+        do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if KEY_TERM == "select" and not KEY_TERM_FIRST:
+            ds = tl.where(key[None, :], 0.0, ds)
+        total += tl.where((_is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
+    tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
+
+
+def row_terms(grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
+    B, R, H, I, _ = terms.shape
+    tiles_i, heads = triton.cdiv(I, 128), B * R * H
+    tiles = torch.empty((heads * tiles_i * 8, 32), dtype=torch.float32, device=terms.device)
+    far = torch.empty((B, H, tiles_i, R), dtype=torch.int32, device=terms.device)
+    grid = (triton.cdiv(heads, 4) * tiles_i,)
+    _triangle_attention_bwd_dbias_row_terms[grid](
+        grad_out,
+        terms,
+        sums,
+        tiles,
+        far,
+        *grad_out.stride()[:4],
+        heads,
+        R,
+        H,
+        I,
+        tiles_i,
+        grad_out.shape[4],
+        HEADS=4,
+    )
+    return tiles, far
+
+
+def key_terms(key: Tensor, scale: float, key_term: str) -> tuple[Tensor, Tensor]:
+    """The key term over the scale in tiles `[B·R·tiles_j·8, 32]`, and a bit where a row has any in a tile."""
+    B, R, J = key.shape
+    tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
+    # The copy engine takes half a tile more than is used.
+    tiles = torch.empty((B * R * tiles_j * 8, 32), dtype=torch.float32, device=key.device)
+    bits = torch.empty((B, tiles_j, words), dtype=torch.int32, device=key.device)
+    _triangle_attention_bwd_dbias_key_terms[(bits.numel(),)](
+        key, tiles, bits, *key.stride(), R, J, tiles_j, words, scale, KEY_TERM=key_term, num_warps=8
+    )
+    return tiles, bits
+
+
+def far_rows(far: Tensor) -> Tensor:
+    """`[B, H, tiles_i, R + 1]`: of each tile, in how many rows the last pass has a query, and in which, in order."""
+    R = far.shape[3]
+    rows = torch.empty((*far.shape[:3], R + 1), dtype=torch.int32, device=far.device)
+    _triangle_attention_bwd_dbias_list_far[(rows.numel() // (R + 1),)](far, rows, R, SEEN=1024)
+    return rows
+
+
+def finish(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key: Tensor | None,
+    terms: Tensor,
+    sums: Tensor,
+    far: Tensor,
+    parts: Tensor,
+    given: dict[str, Any],
+) -> Tensor:
+    """dbias from the sums over groups of rows; `given` is of `arguments.shared`."""
+    B, H, I, J = bias.shape
+    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    values = {
+        **given,
+        **arguments.strides("do", grad_out, "brihd"),
+        "B": B,
+        "parts": parts.shape[0],
+        "tiles_i": far.shape[2],
+        "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
+        # Small: there is mostly nothing to walk, and where there is, programs are many.
+        "BLOCK_I": 32,
+        "BLOCK_J": 64,
+    }
+    kernel = _triangle_attention_bwd_dbias_finish
+    rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
+    programs = B * H * triton.cdiv(I, 32) * triton.cdiv(J, 64)
+    kernel[(programs,)](q, k, v, bias, key, grad_out, terms, sums, far_rows(far), parts, dbias, **rest, num_warps=4)
+    return dbias

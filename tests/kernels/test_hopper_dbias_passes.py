@@ -1,0 +1,140 @@
+"""The passes around the Hopper kernel for dbias, with that kernel written in torch: what it reads, as it reads it."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trifast_inductor.testing import assert_within_budget, eager, random_inputs, results
+
+from .dbias_cases import CHANGES, Given, given, inputs, wholly_filled, wholly_left_out
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
+
+
+def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
+    """`_triangle_attention_bwd_dbias_hopper` in torch."""
+    x = g.x
+    B, R, I, H, _ = x.q.shape
+    J = x.k.shape[2]
+    # Partition, warp, lane // 4, (shift, δ), (i, i + 8).
+    terms = row_tiles.view(B, R, H, -1, 2, 4, 8, 2, 2).permute(7, 0, 1, 2, 3, 4, 5, 8, 6).reshape(2, B, R, H, -1)
+    shift, delta = terms[..., :I, None]
+    qk = torch.einsum("brihd,brjhd->brhij", x.q.float(), x.k.float())
+    dp = torch.einsum("brihd,brjhd->brhij", x.grad_out.float(), x.v.float())
+    if keys is not None:
+        tiles, bits = keys
+        # Used or not, half, lane % 4, 8, pair.
+        tiles_j = bits.shape[1]
+        key = tiles.view(B, R, tiles_j, 2, 2, 4, 8, 2)[:, :, :, 0].permute(0, 1, 2, 3, 5, 4, 6).reshape(B, R, -1)
+        rows = torch.arange(R, device=bits.device)
+        masked = (bits[:, :, rows // 32] >> rows % 32 & 1).transpose(1, 2)  # [B, R, tiles_j]
+        masked = masked.bool().repeat_interleave(128, 2)[:, :, None, None, :J]
+        key = key[:, :, None, None, :J]
+        qk = torch.where(masked, qk + key if x.key_mask is None else qk.fmin(key), qk)
+    p = torch.exp2(qk * (x.scale * math.log2(math.e)) - shift)
+    ds = p * (dp - delta)
+    return torch.stack([part.sum(1) for part in ds.split(group, 1)])
+
+
+def dbias(g: Given, group: int = 1000) -> Tensor:
+    x = g.x
+    row_tiles, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    key_term = "add" if x.key_mask is None else "select"
+    keys = None if g.key is None else passes.key_terms(g.key, x.scale, key_term)
+    parts = rows_summed(g, row_tiles, keys, group)
+    shared = arguments.shared(*x.op)
+    return passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums, far, parts, shared)
+
+
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
+def test_agrees_with_reference(device, key_term):
+    x = random_inputs(B=2, R=3, I=130, J=140, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
+    exact, rounded = results(eager, x.to(torch.float64)), results(eager, x)
+    assert_within_budget(dbias(given(x), group=2), rounded["dbias"], exact["dbias"], name="dbias")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_special_rows_and_tiles(device, change):
+    changed, key_term = CHANGES[change]
+    g = given(changed(inputs(device, key_term)))
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_key_term_before_the_bias(device, key_term):
+    x = inputs(device, key_term, key_term_first=True)
+    x = wholly_left_out(x) if key_term == "additive" else wholly_filled(x)
+    g = given(x)
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
+def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
+    """All others come from the sums over rows alone."""
+    x = inputs(device, key_term)
+    x.q[:, 1, 2] *= 1e5
+    x.bias[..., 100, 130] = 45.0
+    g = given(x)
+    _, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    expected = torch.zeros_like(far)
+    expected[:, :, 0, 1] = 1
+    assert torch.equal(far, expected)
+    parts = torch.full((2, *x.bias.shape), 0.5, device=device)
+    shared = arguments.shared(*x.op)
+    actual = passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums, far, parts, shared)
+    other = torch.ones_like(x.bias, dtype=torch.bool)
+    other[..., 2, :] = False
+    other[..., 96:128, 128:] = False
+    torch.testing.assert_close(actual[other], x.bias.exp()[other], rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual[..., 96:128, 128:], g.expected[..., 96:128, 128:], rtol=1e-3, atol=1e-4)
+    added = g.expected_of([1])[..., 2, :]
+    torch.testing.assert_close(actual[..., 2, :], x.bias.exp()[..., 2, :] + added, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_bits_tell_which_rows_have_a_key_term(device, key_term):
+    """In more rows than a word has bits."""
+    x = inputs(device, key_term, R=70, I=1, J=300)
+    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    key[...] = 0
+    for r, j in ((0, 5), (31, 127), (32, 128), (69, 299), (69, 0)):
+        key[:, r, j] = 1
+    _, bits = passes.key_terms(key, x.scale, "add" if x.key_mask is None else "select")
+    expected = torch.zeros((1, 3, 3), dtype=torch.int64)
+    for tile, r in ((0, 0), (0, 31), (1, 32), (2, 69), (0, 69)):
+        expected[:, tile, r // 32] |= 1 << r % 32
+    assert torch.equal(bits.cpu(), expected.to(torch.int32))
+
+
+@pytest.mark.parametrize("R", [1, 5, 1024, 2100])
+def test_far_rows_are_listed_in_order(device, R):
+    far = torch.rand((2, 1, 3, R), generator=torch.Generator().manual_seed(0)) < 0.3
+    far[1, 0, 1] = False
+    rows = passes.far_rows(far.to(device, torch.int32)).cpu()
+    for listed, wanted in zip(rows.flatten(0, 2), far.flatten(0, 2), strict=True):
+        assert listed[1 : 1 + int(listed[0])].tolist() == wanted.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_queries_without_a_gradient_are_not_walked(device, key_term):
+    """Three rows without a key: in one no query has a gradient, in one a single query has, in one the sums are NaN."""
+    x = inputs(device, key_term, R=4)
+    for row in (1, 2, 3):
+        if key_term == "additive":
+            x.key_bias[:, row] = -1e9
+        else:
+            x.key_mask[:, row] = True
+    x.grad_out[:, 1:] = 0.0
+    x.grad_out[0, 2, 129, 1, 3] = 1.0
+    g = given(x)
+    g.row_sum[0, 3, 0, 5] = float("nan")
+    _, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    expected = torch.zeros_like(far)
+    expected[0, 1, 1, 2] = 1  # of head 1, the second 128 queries, row 2
+    expected[0, 0, 0, 3] = 1
+    assert torch.equal(far, expected)
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)
