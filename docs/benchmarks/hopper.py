@@ -3,9 +3,9 @@
     python docs/benchmarks/hopper.py [--sizes 512,1024,256,2048] [--seconds 240] [NAME ...]
 
 B=1, H=4, D=32, bfloat16, all passes of a call included: ms without a key term / with the last tenth of the keys left
-out, median of graph replays. Each name is a process of its own. All of them compile at once, on small inputs that
-they also check; then they are timed one after the other, each after a check of some rows against float64. A process
-that fails, or hangs, costs its own line only.
+out / with a random tenth of each row's, median of graph replays. Each name is a process of its own. All of them compile
+at once, on small inputs that they also check; then they are timed one after the other, each after a check of some rows
+against float64. A process that fails, or hangs, costs its own line only.
 
 What a kernel waits for (about a minute; `--clock-control none` leaves the clocks alone):
 
@@ -43,19 +43,23 @@ SHAPES = {
     "q": Shape(BLOCKS=1, NUM_WARPS=8),  # of step 7: two partitions of two warpgroups
 }
 PEERS = ("portable", "flex")
+LEFT_OUT = ("none", "tail", "random")
 COMPILING = 110.0  # seconds for all to get ready
 TIMING = 30.0  # seconds for one
 
 
-def inputs(N: int, left_out: bool, J: int | None = None, R: int | None = None) -> Inputs:
+def inputs(N: int, left_out: str, J: int | None = None, R: int | None = None) -> Inputs:
+    """`left_out` is one of `LEFT_OUT`, of which "padded" leaves out what "tail" does."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     R, J = R or N, J or N
-    key_bias = torch.zeros((1, R, J), device="cuda", dtype=torch.bfloat16) if left_out else None
-    if key_bias is not None:
+    key_bias = torch.zeros((1, R, J), device="cuda", dtype=torch.bfloat16) if left_out != "none" else None
+    if key_bias is not None and left_out == "random":
+        key_bias[torch.rand(key_bias.shape, generator=generator, device="cuda") < 0.1] = -1e9
+    elif key_bias is not None:
         key_bias[..., int(0.9 * J) :] = -1e9
     q = normal(1, R, N, 4, 32)
     k, v, bias = normal(1, R, J, 4, 32), normal(1, R, J, 4, 32), normal(1, 4, N, J)
@@ -116,7 +120,7 @@ def work(name: str, sizes: list[int]) -> None:
     import triton
 
     call = call_of(name)
-    for left_out in (False, True):
+    for left_out in ("none", "tail"):
         if name == "flex":  # compiles for each length
             for N in sizes:
                 call(inputs(N, left_out))
@@ -129,7 +133,7 @@ def work(name: str, sizes: list[int]) -> None:
     sys.stdin.readline()
     for N in sizes:
         times, errors, again = [], [], 0
-        for left_out in (False, True):
+        for left_out in LEFT_OUT:
             x = inputs(N, left_out)
             errors.append(largest_error(x, call(x)))
             if name in SHAPES:
@@ -137,7 +141,7 @@ def work(name: str, sizes: list[int]) -> None:
             times.append(triton.testing.do_bench_cudagraph(lambda x=x: call(x), rep=40, return_mode="median"))
             del x
         note = f" ({again} rows again)" if again else ""
-        print(f"  N={N} {times[0]:.4f}/{times[1]:.4f} err {max(errors):.0e}{note}", end="", flush=True)
+        print(f"  N={N} {times[0]:.4f}/{times[1]:.4f}/{times[2]:.4f} err {max(errors):.0e}{note}", end="", flush=True)
     print("", flush=True)
 
 
@@ -222,7 +226,7 @@ if __name__ == "__main__":
     if given.work:
         work(given.work, given.sizes)
     elif given.once:
-        call_of(given.once)(inputs(given.sizes[0], False))
+        call_of(given.once)(inputs(given.sizes[0], "none"))
         torch.cuda.synchronize()
     else:
         main(given.names, given.sizes, given.seconds)

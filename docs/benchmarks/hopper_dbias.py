@@ -47,7 +47,7 @@ class Given:
 
 def given(N: int, left_out: str, J: int | None = None, R: int | None = None) -> Given:
     """Inputs, and in float32 what a forward and dq leave and what dbias is, by a few rows at a time."""
-    x = hopper.inputs(N, left_out != "none", J, R)
+    x = hopper.inputs(N, left_out, J, R)
     R, H = x.q.shape[1], x.q.shape[3]
     if left_out == "padded":
         assert x.key_bias is not None
