@@ -55,6 +55,45 @@ class Launch:
             self._run = compiled[self._grid]
 
 
+class Repeated:
+    """`kernel[grid]`, bound by Triton once for each set of values; later calls hand pointers to the driver.
+
+    For launches that no plan holds. Takes all parameters in the kernel's order, its constants too; the first one is a
+    tensor, or the descriptor of one, on the device that is current.
+    """
+
+    _LIMIT = 4096
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._runs: dict[Signature, Callable[..., None]] = {}
+
+    def __call__(self, programs: int, *arguments: Any, **options: int) -> None:
+        device = getattr(arguments[0], "base", arguments[0]).get_device()
+        key: list[Hashable] = [programs, device, *options.values()]
+        passed: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                pointer = argument.data_ptr()
+                key += (argument.dtype, pointer % 16 == 0)
+                passed.append(pointer)
+            else:
+                key.append(getattr(argument, "key", argument))  # of a descriptor its own
+                passed.append(argument)
+        signed = tuple(key)
+        run = self._runs.get(signed)
+        if run is not None:
+            run(*passed)
+            return
+        grid = (programs, 1, 1)
+        in_full = [argument.in_full() if hasattr(argument, "in_full") else argument for argument in arguments]
+        compiled = self._kernel[grid](*in_full, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            if len(self._runs) >= self._LIMIT:
+                self._runs.clear()
+            self._runs[signed] = compiled[grid]
+
+
 class Plans(dict[Signature, T], Generic[T]):
     """What was decided for each signature seen."""
 

@@ -70,6 +70,59 @@ def test_plans_do_not_grow_without_end():
     assert plans == {(plans._LIMIT,): plans._LIMIT}
 
 
+class Recorded:
+    """A kernel, and what Triton compiles of it: both write down what they are given."""
+
+    def __init__(self, *, compiles=True):
+        self.bound, self.ran, self._compiles = [], [], compiles
+
+    def __getitem__(self, grid):
+        def bind(*arguments, **options):
+            self.bound.append((grid, arguments, options))
+            run = {grid: lambda *passed: self.ran.append(passed)}
+            return run if self._compiles else None
+
+        return bind
+
+
+def test_a_repeated_launch_is_bound_once_for_each_set_of_values():
+    kernel = Recorded()
+    launch = launching.Repeated(kernel)
+    x, y = torch.zeros(8), torch.ones(8)
+    launch(3, x, None, 5, "add", num_warps=4)
+    launch(3, y, None, 5, "add", num_warps=4)
+    assert kernel.bound == [((3, 1, 1), (x, None, 5, "add"), {"num_warps": 4})]
+    assert kernel.ran == [(y.data_ptr(), None, 5, "add")]
+    others = [
+        (4, x, None, 5, "add"),
+        (3, x.half(), None, 5, "add"),
+        (3, x[1:], None, 5, "add"),  # another alignment
+        (3, x, x, 5, "add"),
+        (3, x, None, 6, "add"),
+        (3, x, None, 5, "select"),
+    ]
+    for n, other in enumerate(others, 2):
+        launch(*other, num_warps=4)
+        assert len(kernel.bound) == n
+    launch(3, x, None, 5, "add", num_warps=8)
+    assert len(kernel.bound) == len(others) + 2
+
+
+def test_a_repeated_launch_of_the_interpreter_is_bound_each_time():
+    kernel = Recorded(compiles=False)
+    launch = launching.Repeated(kernel)
+    for _ in range(2):
+        launch(1, torch.zeros(2), num_warps=4)
+    assert len(kernel.bound) == 2
+
+
+def test_repeated_launches_do_not_grow_without_end():
+    launch = launching.Repeated(Recorded())
+    for n in range(launch._LIMIT + 1):
+        launch(1, torch.zeros(1), n, num_warps=4)
+    assert len(launch._runs) == 1
+
+
 def gradients_of(x):
     saved = forward.launch(*x.op)
     return (*saved, *backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
-from trifast_inductor.kernels.triangle_attention.launching import on_device_of
+from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -127,6 +127,10 @@ def _triangle_attention_fwd_again(
             tl.store(row_sum_ptr + i, row_sum, mask=i_in_range)
 
 
+_launch = Repeated(_triangle_attention_fwd_again)
+_REST = [name for name in _triangle_attention_fwd_again.arg_names if not name.endswith("_ptr")]
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -152,7 +156,6 @@ def launch(
         "SEEN": min(1024, triton.next_power_of_2(I)),
     }
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    kernel = _triangle_attention_fwd_again
-    rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
+    rest = [values[name] for name in _REST]
     with on_device_of(q):
-        kernel[(B * R * H,)](q, k, v, bias, key, out, row_max, row_sum, **rest, num_warps=4)
+        _launch(B * R * H, q, k, v, bias, key, out, row_max, row_sum, *rest, num_warps=4)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trifast_inductor.kernels.triangle_attention.launching import Repeated
+
 
 @triton.jit
 def _bias_tiles(
@@ -92,12 +94,16 @@ def _key_terms(
     tl.store(flags_ptr + stage, tl.max((key != 0).to(tl.int32), 0))
 
 
+_launch_tiles = Repeated(_bias_tiles)
+_launch_terms = Repeated(_key_terms)
+
+
 def tiles(bias: Tensor, factor: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> Tensor:
     """A 16-bit bias times a factor, in int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
     B, H, I, J = bias.shape
     count = B * H * tiles_i * tiles_j
     words = torch.empty((count * BLOCK_I, BLOCK_J // 2), dtype=torch.int32, device=bias.device)
-    _bias_tiles[(count,)](bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, factor, BLOCK_I, BLOCK_J)
+    _launch_tiles(count, bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, factor, BLOCK_I, BLOCK_J)
     return words
 
 
@@ -111,5 +117,5 @@ def key_terms(key: Tensor, scale: float, stages: int, STAGE_J: int) -> tuple[Ten
     terms = torch.empty(B * R * stages * STAGE_J, dtype=torch.float32, device=key.device)
     flags = torch.empty(B * R * stages + 1, dtype=torch.int32, device=key.device)
     select = key.dtype == torch.uint8
-    _key_terms[(B * R * stages,)](key, terms, flags, *key.stride(), R, J, stages, 1 / scale, select, STAGE_J)
+    _launch_terms(B * R * stages, key, terms, flags, *key.stride(), R, J, stages, 1 / scale, select, STAGE_J)
     return terms, flags

@@ -12,7 +12,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-_SHORTEST = 256  # keys: as measured at D=32, where it is a twentieth to a seventh faster; shorter ones were not
+# Keys. At 256 the GPU takes a twentieth to a seventh less (D=32), but three or four launches more host time than that.
+_SHORTEST = 384
 _FEWEST_ITEMS = 512  # blocks of queries, about four for each multiprocessor: a guess
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
@@ -72,6 +73,11 @@ def give_up(error: Exception) -> None:
     if _broken is None:
         _broken = f"Triton could not run the kernel for Hopper: {error}"
         log.warning("%s; the portable kernel runs instead, which is slower", _broken)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -30,10 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.hopper import choice
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
-from trifast_inductor.kernels.triangle_attention.launching import on_device_of
+from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 
 # As triton 3.9 names them, or 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -278,6 +279,9 @@ def _triangle_attention_bwd_dbias_hopper(
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
+_launch = Repeated(_triangle_attention_bwd_dbias_hopper)
+
+
 def launch(
     grad_out: Tensor,
     q: Tensor,
@@ -309,19 +313,20 @@ def launch(
     key_term = "none" if key is None else ("add" if key_mask is None else "select")
     tiles_i, tiles_j, words = triton.cdiv(I, 128), triton.cdiv(J, 128), triton.cdiv(R, 32)
     tiles = B * H * tiles_i * tiles_j
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    group = rows_of_a_part(R, tiles, processors)
+    rows_of_tile = (1, 1, 128, 1, D)
+    group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
     parts = torch.empty((triton.cdiv(R, group), B, H, I, J), dtype=torch.float32, device=q.device)
     with on_device_of(q):
         row_tiles, far = passes.row_terms(grad_out, terms, sums)
         key_tiles, key_bits = (None, None) if key is None else passes.key_terms(key, scale, key_term)
-        _triangle_attention_bwd_dbias_hopper[(parts.shape[0] * tiles,)](
-            descriptor(q, [1, 1, 128, 1, D]),
-            descriptor(grad_out, [1, 1, 128, 1, D]),
-            descriptor(k, [1, 1, 128, 1, D]),
-            descriptor(v, [1, 1, 128, 1, D]),
-            descriptor(row_tiles, [8, 32]),
-            None if key_tiles is None else descriptor(key_tiles, [8, 32]),
+        _launch(
+            parts.shape[0] * tiles,
+            descriptor(q, rows_of_tile),
+            descriptor(grad_out, rows_of_tile),
+            descriptor(k, rows_of_tile),
+            descriptor(v, rows_of_tile),
+            descriptor(row_tiles, (8, 32)),
+            None if key_tiles is None else descriptor(key_tiles, (8, 32)),
             key_bits,
             parts,
             B,
@@ -334,12 +339,12 @@ def launch(
             tiles_j,
             words,
             scale,
-            D=D,
-            KEY_TERM=key_term,
-            COLUMNS=shape.COLUMNS,
-            HALVES=shape.HALVES,
-            STAGES=shape.STAGES,
-            REGISTERS=shape.REGISTERS,
+            D,
+            key_term,
+            shape.COLUMNS,
+            shape.HALVES,
+            shape.STAGES,
+            shape.REGISTERS,
             num_warps=4,
         )
         given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.launching import Repeated
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -263,14 +264,21 @@ def _triangle_attention_bwd_dbias_finish(
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
 
+_launch_row_terms = Repeated(_triangle_attention_bwd_dbias_row_terms)
+_launch_key_terms = Repeated(_triangle_attention_bwd_dbias_key_terms)
+_launch_list_far = Repeated(_triangle_attention_bwd_dbias_list_far)
+_launch_finish = Repeated(_triangle_attention_bwd_dbias_finish)
+_FINISH_TAKES = [name for name in _triangle_attention_bwd_dbias_finish.arg_names if not name.endswith("_ptr")]
+
+
 def row_terms(grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
     B, R, H, I, _ = terms.shape
     tiles_i, heads = triton.cdiv(I, 128), B * R * H
     tiles = torch.empty((heads * tiles_i * 8, 32), dtype=torch.float32, device=terms.device)
     far = torch.empty((B, H, tiles_i, R), dtype=torch.int32, device=terms.device)
-    grid = (triton.cdiv(heads, 4) * tiles_i,)
-    _triangle_attention_bwd_dbias_row_terms[grid](
+    _launch_row_terms(
+        triton.cdiv(heads, 4) * tiles_i,
         grad_out,
         terms,
         sums,
@@ -283,7 +291,7 @@ def row_terms(grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Te
         I,
         tiles_i,
         grad_out.shape[4],
-        HEADS=4,
+        4,
     )
     return tiles, far
 
@@ -295,9 +303,8 @@ def key_terms(key: Tensor, scale: float, key_term: str) -> tuple[Tensor, Tensor]
     # The copy engine takes half a tile more than is used.
     tiles = torch.empty((B * R * tiles_j * 8, 32), dtype=torch.float32, device=key.device)
     bits = torch.empty((B, tiles_j, words), dtype=torch.int32, device=key.device)
-    _triangle_attention_bwd_dbias_key_terms[(bits.numel(),)](
-        key, tiles, bits, *key.stride(), R, J, tiles_j, words, scale, KEY_TERM=key_term, num_warps=8
-    )
+    strides = key.stride()
+    _launch_key_terms(bits.numel(), key, tiles, bits, *strides, R, J, tiles_j, words, scale, key_term, num_warps=8)
     return tiles, bits
 
 
@@ -305,7 +312,7 @@ def far_rows(far: Tensor) -> Tensor:
     """`[B, H, tiles_i, R + 1]`: of each tile, in how many rows the last pass has a query, and in which, in order."""
     R = far.shape[3]
     rows = torch.empty((*far.shape[:3], R + 1), dtype=torch.int32, device=far.device)
-    _triangle_attention_bwd_dbias_list_far[(rows.numel() // (R + 1),)](far, rows, R, SEEN=1024)
+    _launch_list_far(rows.numel() // (R + 1), far, rows, R, 1024)
     return rows
 
 
@@ -336,8 +343,8 @@ def finish(
         "BLOCK_I": 32,
         "BLOCK_J": 64,
     }
-    kernel = _triangle_attention_bwd_dbias_finish
-    rest = {name: values[name] for name in kernel.arg_names if not name.endswith("_ptr")}
+    rest = [values[name] for name in _FINISH_TAKES]
     programs = B * H * triton.cdiv(I, 32) * triton.cdiv(J, 64)
-    kernel[(programs,)](q, k, v, bias, key, grad_out, terms, sums, far_rows(far), parts, dbias, **rest, num_warps=4)
+    rows = far_rows(far)
+    _launch_finish(programs, q, k, v, bias, key, grad_out, terms, sums, rows, parts, dbias, *rest, num_warps=4)
     return dbias

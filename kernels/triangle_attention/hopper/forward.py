@@ -33,10 +33,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.ahead import attend_ahead
-from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, shape_for
+from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
+from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 
 # As triton 3.9 names them, or 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -229,6 +230,10 @@ def _triangle_attention_fwd_hopper(
     # fmt: on
 
 
+_launch = Repeated(_triangle_attention_fwd_hopper)
+_CONSTANTS = _triangle_attention_fwd_hopper.arg_names[_triangle_attention_fwd_hopper.arg_names.index("D") :]
+
+
 def fixed_shift(
     q: Tensor,
     k: Tensor,
@@ -252,18 +257,19 @@ def fixed_shift(
     row_sum = torch.empty_like(row_max)
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     bias_factor = math.log2(math.e) if shape.AHEAD else 1 / scale
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         words = bias_pass.tiles(
             bias, bias_factor, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I=BLOCK_I, BLOCK_J=shape.BLOCK_J
         )
         terms, flags = (None, None) if key is None else bias_pass.key_terms(key, scale, stages, STAGE_J)
-        programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-        _triangle_attention_fwd_hopper[(min(items, programs),)](
-            descriptor(q, [1, 1, BLOCK_I, 1, D]),
-            descriptor(k, [1, 1, STAGE_J, 1, D]),
-            descriptor(v, [1, 1, STAGE_J, 1, D]),
-            descriptor(words, [BLOCK_I, shape.BLOCK_J // 2]),
-            None if terms is None else descriptor(terms, [STAGE_J]),
+        programs = multiprocessors(q.get_device())
+        _launch(
+            min(items, programs),
+            descriptor(q, (1, 1, BLOCK_I, 1, D)),
+            descriptor(k, (1, 1, STAGE_J, 1, D)),
+            descriptor(v, (1, 1, STAGE_J, 1, D)),
+            descriptor(words, (BLOCK_I, shape.BLOCK_J // 2)),
+            None if terms is None else descriptor(terms, (STAGE_J,)),
             flags,
             out,
             row_max,
@@ -276,18 +282,7 @@ def fixed_shift(
             stages,
             items,
             scale,
-            D=D,
-            HAS_KEY_TERM=key is not None,
-            ROWS=shape.ROWS,
-            BLOCKS=shape.BLOCKS,
-            BLOCK_J=shape.BLOCK_J,
-            TILES=shape.TILES,
-            STAGES=shape.STAGES,
-            AHEAD=shape.AHEAD,
-            SUM_BY_PRODUCT=shape.SUM_BY_PRODUCT,
-            POLYNOMIAL=shape.POLYNOMIAL,
-            REGISTERS=shape.REGISTERS,
-            NUM_WARPS=shape.NUM_WARPS,
+            *[{**vars(shape), "D": D, "HAS_KEY_TERM": key is not None}[name] for name in _CONSTANTS],
             num_warps=shape.NUM_WARPS,
         )
     return out, row_max, row_sum
