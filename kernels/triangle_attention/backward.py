@@ -436,7 +436,7 @@ class _Plan:
         self.is_empty = 0 in (*q.shape[:4], k.shape[2])
         self.lean: lean.Plan | None = None
         self.portable: _Portable | None = None  # once it is asked for
-        if not self.is_empty and lean.refusal(grad_out, q, k, v, bias, key_mask, fill) is None:
+        if not self.is_empty and lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
             given = (grad_out, q, k, v, bias, key_bias, key_mask)
             self.lean = lean.Plan(*given, scale, fill, key_term_first, needs_dbias)
 

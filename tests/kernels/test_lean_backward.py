@@ -23,6 +23,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     monkeypatch.setattr(lean, "SHORTEST", 1)
+    monkeypatch.setattr(lean, "SHORTEST_WITH_KEY_TERM", 1)
     monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
     backward._plans.clear()
     yield
@@ -30,7 +31,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 
 def refusal(x: Inputs) -> str | None:
-    return lean.refusal(x.grad_out, x.q, x.k, x.v, x.bias, x.key_mask, x.fill)
+    return lean.refusal(x.grad_out, x.q, x.k, x.v, x.bias, x.key_bias, x.key_mask, x.fill)
 
 
 def draw(device: str, **given: object) -> Inputs:

@@ -29,7 +29,7 @@ def plot(rows: Sequence[Row], directory: Path, device: str) -> list[Path]:
         for panel, (column, title, floor) in zip(axes.flat, _PANELS, strict=True):
             _draw(panel, of_group, column, floor)
             panel.set_title(title)
-        axes.flat[0].legend(fontsize="small")
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize="small")
         figure.suptitle(f"triangle attention, {group}\n{device}", fontsize="medium")
         paths.append(directory / f"{group}.png")
         figure.savefig(paths[-1], dpi=110)
@@ -42,14 +42,26 @@ def _draw(panel: Any, rows: Sequence[Row], column: str, floor: str | None) -> No
         points = [(row.N, getattr(row, column)) for row in rows if row.peer == peer]
         points = [(n, value) for n, value in points if value is not None]
         if points:
-            width = 2.5 if peer in OURS else 1.2
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=peer)
+            ours = peer in OURS
+            width, above = (2.5, 3) if ours else (1.2, 2)
+            style = "--" if ours and peer != "ours" else "-"  # two that often coincide
+            panel.plot(
+                *zip(*points, strict=True),
+                style,
+                marker="o",
+                markersize=3,
+                linewidth=width,
+                zorder=above,
+                label=peer,
+            )
     if floor is not None:
         bounds = {row.N: getattr(row, floor) for row in rows if getattr(row, floor) is not None}
         if bounds:
-            panel.plot(list(bounds), list(bounds.values()), "k--", linewidth=1, label="floor")
+            panel.plot(list(bounds), list(bounds.values()), "k:", linewidth=1, label="floor")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    lengths = sorted({row.N for row in rows})
+    panel.set_xticks(lengths, [str(N) for N in lengths])
     panel.set_xlabel("N")
     panel.grid(visible=True, which="both", alpha=0.25)
 

@@ -105,7 +105,7 @@ def backward_of(name: str, x: Inputs) -> Run:
         from trifast_inductor.kernels.triangle_attention import backward, forward
         from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 
-        lean.SHORTEST = lean.FEWEST_LOGITS = 1
+        lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
         saved = forward.portable(*x.op)
         run = backward.launch if name == "package" else backward.portable
         return lambda: run(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)

@@ -28,6 +28,7 @@ class Described:
     shape: list[int]
     strides: list[int]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False  # from triton 3.7 on
 
     @property
     def key(self) -> tuple[Any, ...]:

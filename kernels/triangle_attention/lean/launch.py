@@ -15,9 +15,9 @@ from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, ke
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
-# Below either the passes that prepare cost more than they save. B=1, H=4, D=32 on one H200, the kernels of step 1 of
-# docs/benchmarks/log-backward.md: N=128 0.082 ms for 0.065, N=256 0.231 for 0.289.
+# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, step 4.
 SHORTEST = 192
+SHORTEST_WITH_KEY_TERM = 256
 FEWEST_LOGITS = 4 * 192**3
 
 
@@ -27,18 +27,20 @@ def refusal(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    key_bias: Tensor | None,
     key_mask: Tensor | None,
     fill: float,
 ) -> str | None:
     """Why a call goes to the portable kernels, or None."""
     B, R, I, H, D = q.shape
     J = k.shape[2]
+    shortest = SHORTEST if key_bias is None and key_mask is None else SHORTEST_WITH_KEY_TERM
     why = None
     if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
         why = "q, k, v and bias are not of one 16-bit dtype"
     elif D not in (16, 32, 64):
         why = f"D={D} is not 16, 32 or 64"
-    elif min(I, J) < SHORTEST or B * R * H * I * J < FEWEST_LOGITS:
+    elif min(I, J) < shortest or B * R * H * I * J < FEWEST_LOGITS:
         why = "too small"
     elif key_mask is not None and not fill <= keys.FILL:
         why = f"keys that are masked with {fill:g} may still be seen"
