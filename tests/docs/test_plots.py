@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from trifast_inductor import tables
 from trifast_inductor.bench.command import main
+from trifast_inductor.bench.measure import Row
 
 from . import plots
 
@@ -47,14 +49,22 @@ def test_what_the_bench_draws_drops_in(tmp_path: Path) -> None:
     assert plots.rendered(tmp_path / "nowhere", "", first_only=False) == plots.NOTHING
 
 
+PEERS = ("eager", "inductor", "flex", "trifast", "cuequivariance", "ours")  # as the columns of the README's table
+
+
 def test_figures_of_the_readme_are_those_of_their_source() -> None:
     readme = (plots.CHECKOUT / "README.md").read_text(encoding="utf-8")
+    _, rows = tables.read_csv(plots.BENCHMARKS / "nvidia-h200" / "attention.csv", Row)
+    measured = {(row.N, row.peer): (row.forward_device_ms, row.backward_device_ms) for row in rows}
+    table = readme[readme.index("| bfloat16, N |") : readme.index("float32, without a mask")].strip().splitlines()[2:]
+    assert len(table) == 3
+    for line in table:
+        N, *cells = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        for peer, cell in zip(PEERS, cells, strict=True):
+            times = measured.get((int(N), peer), ())
+            expected = " / ".join(f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" for ms in times if ms is not None)
+            assert cell.replace("*", "") == expected, (N, peer)
     source = (plots.BENCHMARKS / "h200.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| N | float32") : readme.index("<!-- plots")]
-    figures = re.findall(r"\d*\.\d+", table)
-    assert len(figures) == 16
-    assert [figure for figure in figures if figure not in source] == []
-    conditions = readme[readme.index("## Speed and memory") : readme.index("| N | float32")]
-    for condition in ("NVIDIA H200", "torch 2.11.0+cu130", "triton 3.6.0", "B=1, H=4, D=32"):
-        assert condition in conditions
-        assert condition in source
+    (line,) = (line for line in readme.splitlines() if line.startswith("float32, without a mask"))
+    for figure in re.findall(r"\d\.\d+", line):
+        assert figure in source, figure
