@@ -4,16 +4,22 @@ import importlib.abc
 import json
 import logging
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] == "triton":
-            raise ImportError("libtriton.so: undefined symbol")
+class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Triton is found, as an installed package is, and fails when it is imported, as one that does not fit does."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name.partition(".")[0] == "triton" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise ImportError("libtriton.so: undefined symbol")
 
 
-sys.meta_path.insert(0, Blocked())
+sys.meta_path.insert(0, Broken())
 
 # ruff: noqa: E402
 import torch
