@@ -497,11 +497,7 @@ _plans: Plans[_Plan] = Plans()
 def _planned(*given: Any) -> _Plan:
     *tensors, scale, fill, key_term_first, needs_dbias = given
     key = (signature(*tensors), scale, fill, key_term_first, needs_dbias, float32_precision(tensors[1].dtype))
-    plan = _plans.get(key)
-    if plan is None:
-        with on_device_of(tensors[1]):
-            plan = _plans.add(key, _Plan(*given))
-    return plan
+    return _plans.of(key, tensors[1], _Plan, given)
 
 
 def launch(

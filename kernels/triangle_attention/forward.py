@@ -210,11 +210,7 @@ _plans: Plans[_Plan] = Plans()
 def _planned(*given: Any) -> _Plan:
     q, k, v, bias, key_bias, key_mask, *numbers = given
     key = (signature(q, k, v, bias, key_bias, key_mask), *numbers, float32_precision(q.dtype))
-    plan = _plans.get(key)
-    if plan is None:
-        with on_device_of(q):
-            plan = _plans.add(key, _Plan(*given))
-    return plan
+    return _plans.of(key, q, _Plan, given)
 
 
 def launch(
@@ -238,17 +234,17 @@ def launch(
     """
     given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
     plan = _planned(*given)
-    if plan.on_hopper and bias is not None and hopper.gluon_refusal() is None:
-        from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
-
-        try:
-            return on_hopper.launch(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            # Gluon is experimental: a version of Triton that compiles it no more must not stop a model.
-            hopper.give_up(error)
+    if plan.on_hopper:
+        results = hopper.attempt(_on_hopper, *given)
+        if results is not None:
+            return results
     return _run(plan, *given)
+
+
+def _on_hopper(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
+
+    return on_hopper.launch(*given)
 
 
 def portable(

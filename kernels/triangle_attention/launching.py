@@ -4,7 +4,7 @@ Checking the arguments, choosing a tile and having Triton bind some forty of the
 themselves run at N = 128. All of it depends on shapes, strides, dtypes and alignment alone.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -103,6 +103,14 @@ class Plans(dict[Signature, T], Generic[T]):
     def __init__(self) -> None:
         super().__init__()
         tuning.when_changed(self.clear)
+
+    def of(self, key: Signature, on: Tensor, make: Callable[..., T], given: Sequence[Any]) -> T:
+        """What was decided for the key, or is now, on the device of a tensor."""
+        plan = self.get(key)
+        if plan is None:
+            with on_device_of(on):
+                plan = self.add(key, make(*given))
+        return plan
 
     def add(self, key: Signature, plan: T) -> T:
         if len(self) >= self._LIMIT:

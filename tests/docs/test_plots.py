@@ -54,7 +54,7 @@ PEERS = ("eager", "inductor", "flex", "trifast", "cuequivariance", "ours")  # as
 
 def test_figures_of_the_readme_are_those_of_their_source() -> None:
     readme = (plots.CHECKOUT / "README.md").read_text(encoding="utf-8")
-    _, rows = tables.read_csv(plots.BENCHMARKS / "nvidia-h200" / "attention.csv", Row)
+    header, rows = tables.read_csv(plots.BENCHMARKS / "nvidia-h200" / "attention.csv", Row)
     measured = {(row.N, row.peer): (row.forward_device_ms, row.backward_device_ms) for row in rows}
     table = readme[readme.index("| bfloat16, N |") : readme.index("float32, without a mask")].strip().splitlines()[2:]
     assert len(table) == 3
@@ -66,5 +66,13 @@ def test_figures_of_the_readme_are_those_of_their_source() -> None:
             assert cell.replace("*", "") == expected, (N, peer)
     source = (plots.BENCHMARKS / "h200.md").read_text(encoding="utf-8")
     (line,) = (line for line in readme.splitlines() if line.startswith("float32, without a mask"))
-    for figure in re.findall(r"\d\.\d+", line):
-        assert figure in source, figure
+    figures = re.findall(r"\d\.\d+", line)
+    assert len(figures) == 8
+    assert [figure for figure in figures if figure not in source] == []
+    conditions = readme[readme.index("## Speed and memory") : readme.index("| bfloat16, N |")]
+    for condition in ("NVIDIA H200", "torch 2.11.0+cu130", "triton 3.6.0", "B=1, H=4, D=32"):
+        assert condition in conditions
+        assert condition in source
+    assert "NVIDIA H200" in header["device"]
+    assert all(version in header["versions"] for version in ("torch 2.11.0", "triton 3.6.0", "CUDA 13.0"))
+    assert {row.group for row in rows} == {"B1-H4-D32-bfloat16-padding-friendly"}

@@ -4,12 +4,15 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
 # Keys. At 256 the GPU takes a twentieth to a seventh less (D=32), but three or four launches more host time than that.
@@ -67,12 +70,23 @@ def _missing() -> str | None:
     return None
 
 
-def give_up(error: Exception) -> None:
-    """The kernel of Hopper is not tried again in this process; says so once."""
+def attempt(run: Callable[..., T], *given: Any) -> T | None:
+    """What a launch of Hopper gives, or None where the portable kernel has to serve.
+
+    Gluon is experimental: a version of Triton that compiles it no more must not stop a model. After a failure, which is
+    said once, nothing is tried again in this process.
+    """
     global _broken
-    if _broken is None:
+    if gluon_refusal() is not None:
+        return None
+    try:
+        return run(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         _broken = f"Triton could not run the kernel for Hopper: {error}"
         log.warning("%s; the portable kernel runs instead, which is slower", _broken)
+        return None
 
 
 @functools.cache

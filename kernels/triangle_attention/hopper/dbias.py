@@ -24,29 +24,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from trifast_inductor.kernels.triangle_attention import arguments
-from trifast_inductor.kernels.triangle_attention.hopper import choice
+from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
+from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
+from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 
-# As triton 3.9 names them, or 3.6.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-LOG2E = gl.constexpr(1.4426950408889634)
-TILE = gl.constexpr(128)
-
-
-@gluon.jit
-def _exp2(x):
-    # One instruction: gl.exp2 also takes care of results that are denormal.
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+TILE = gl.constexpr(dbias_choice.TILE)
 
 
 @gluon.jit
@@ -65,13 +56,13 @@ def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr)
         mbarrier.expect(bar, 4 * 2 * TILE * D + (1024 if KEY_TERM == "none" else 2048))
         i_at = [b, r, tile_i * TILE, h, 0]
         j_at = [b, r, tile_j * TILE, h, 0]
-        _async_load(q_desc, i_at, bar, q_smem.index(slot))
-        _async_load(k_desc, j_at, bar, k_smem.index(slot))
-        _async_load(terms_desc, [(((b * R + r) * H + h) * tiles_i + tile_i) * 8, 0], bar, terms_smem.index(slot))
+        async_load(q_desc, i_at, bar, q_smem.index(slot))
+        async_load(k_desc, j_at, bar, k_smem.index(slot))
+        async_load(terms_desc, [(((b * R + r) * H + h) * tiles_i + tile_i) * 8, 0], bar, terms_smem.index(slot))
         if KEY_TERM != "none":
-            _async_load(key_desc, [((b * R + r) * tiles_j + tile_j) * 8, 0], bar, key_smem.index(slot))
-        _async_load(do_desc, i_at, bar, do_smem.index(slot))
-        _async_load(v_desc, j_at, bar, v_smem.index(slot))
+            async_load(key_desc, [((b * R + r) * tiles_j + tile_j) * 8, 0], bar, key_smem.index(slot))
+        async_load(do_desc, i_at, bar, do_smem.index(slot))
+        async_load(v_desc, j_at, bar, v_smem.index(slot))
         slot += 1
         if slot == STAGES:
             slot = 0
@@ -128,7 +119,7 @@ def _probabilities(x, shift, factor, key_smem, masked, n: gl.constexpr, KEY_TERM
         key = _load_key(key_smem, n, X)
         # Of two numbers, of which one is NaN, the other is taken.
         x = x + key if KEY_TERM == "add" else gl.minimum(x, key)
-    return _exp2(x * factor - gl.expand_dims(shift, 1))
+    return exp2(x * factor - gl.expand_dims(shift, 1), 0)
 
 
 @gluon.jit
@@ -253,7 +244,7 @@ def _triangle_attention_bwd_dbias_hopper(
         mbarrier.init(full.index(n), count=1)
         mbarrier.init(empty.index(n), count=COUNT)
     fence_async_shared()
-    _barrier()
+    barrier()
     to_copy = (
         q_desc, do_desc, k_desc, v_desc, terms_desc, key_desc,
         q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, full, empty,
@@ -311,9 +302,10 @@ def launch(
     shape = shape or shape_for(D)
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     key_term = "none" if key is None else ("add" if key_mask is None else "select")
-    tiles_i, tiles_j, words = triton.cdiv(I, 128), triton.cdiv(J, 128), triton.cdiv(R, 32)
+    tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
+    words = triton.cdiv(R, 32)
     tiles = B * H * tiles_i * tiles_j
-    rows_of_tile = (1, 1, 128, 1, D)
+    rows_of_tile = (1, 1, dbias_choice.TILE, 1, D)
     group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
     parts = torch.empty((triton.cdiv(R, group), B, H, I, J), dtype=torch.float32, device=q.device)
     with on_device_of(q):

@@ -1,7 +1,6 @@
 """When the Hopper kernel for dbias may run instead of the portable one, in which shape and over how many rows."""
 
 import functools
-import importlib
 from dataclasses import dataclass
 
 import triton
@@ -55,16 +54,6 @@ def rows_of_a_part(R: int, tiles: int, processors: int) -> int:
     return int(triton.cdiv(R, best))
 
 
-@functools.cache
-def _gluon_refusal() -> str | None:
-    """Gluon is experimental: a version of Triton without what the kernel needs serves the portable kernel."""
-    try:
-        importlib.import_module("trifast_inductor.kernels.triangle_attention.hopper.dbias")
-    except (ImportError, AttributeError) as error:
-        return f"this version of Triton has no Gluon that fits: {error}"
-    return None
-
-
 def refusal(
     grad_out: Tensor,
     q: Tensor,
@@ -85,7 +74,7 @@ def refusal(
         return "the gradient of the output has rows that are not dense or not on 16 bytes"
     # Any dtype will do for the bias: it is read as it is.
     as_read = bias.to("meta").to(q.dtype)
-    why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first) or _gluon_refusal()
+    why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first)
     if why is None and k.shape[2] < _SHORTEST:
         why = f"{k.shape[2]} keys are fewer than {_SHORTEST}"
     return why

@@ -27,7 +27,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
 )
 
 from trifast_inductor.kernels.triangle_attention.hopper import again
@@ -37,11 +36,8 @@ from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, mul
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
+from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
-
-# As triton 3.9 names them, or 3.6.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -73,7 +69,7 @@ def _copy(
         for m in gl.static_range(ROWS):
             for n in gl.static_range(BLOCKS):
                 q_at = [b, rows * ROWS + m, (group * BLOCKS + n) * BLOCK_I, h, 0]
-                _async_load(q_desc, q_at, q_full, q_smem.index(m * BLOCKS + n))
+                async_load(q_desc, q_at, q_full, q_smem.index(m * BLOCKS + n))
         turn += 1  # noqa: SIM113
         # One stage more at the very end, not used: the others read a tile ahead.
         after = (item + gl.num_programs(0) >= items).to(gl.int32)
@@ -83,17 +79,17 @@ def _copy(
             stage = gl.minimum(n_stage, stages - 1)
             for m in gl.static_range(ROWS):
                 k_at = [b, rows * ROWS + m, stage * STAGE_J, h, 0]
-                _async_load(k_desc, k_at, full.index(slot), k_smem.index(slot * ROWS + m))
-                _async_load(v_desc, k_at, full.index(slot), v_smem.index(slot * ROWS + m))
+                async_load(k_desc, k_at, full.index(slot), k_smem.index(slot * ROWS + m))
+                async_load(v_desc, k_at, full.index(slot), v_smem.index(slot * ROWS + m))
                 if HAS_KEY_TERM:
                     terms_at = [((b * R + rows * ROWS + m) * stages + stage) * STAGE_J]
-                    _async_load(terms_desc, terms_at, full.index(slot), terms_smem.index(slot * ROWS + m))
+                    async_load(terms_desc, terms_at, full.index(slot), terms_smem.index(slot * ROWS + m))
             for n in gl.static_range(BLOCKS):
                 block = ((b * H + h) * groups + group) * BLOCKS + n
                 for tile in gl.static_range(TILES):
                     words_at = [((block * stages + stage) * TILES + tile) * BLOCK_I, 0]
                     into = words_smem.index((slot * BLOCKS + n) * TILES + tile)
-                    _async_load(words_desc, words_at, full.index(slot), into)
+                    async_load(words_desc, words_at, full.index(slot), into)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -187,7 +183,7 @@ def _triangle_attention_fwd_hopper(
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=COUNT)
     fence_async_shared()
-    _barrier()
+    barrier()
     to_copy = (
         q_desc, k_desc, v_desc, words_desc, terms_desc, q_smem, k_smem, v_smem, words_smem, terms_smem,
         q_full, q_empty, full, empty, R, H, row_groups, groups, stages, items,

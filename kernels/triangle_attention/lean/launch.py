@@ -1,6 +1,5 @@
 """Which backward calls these kernels take, and their launches."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,39 +66,10 @@ class _Capped(Launch):
             self._options["maxnreg"] = tile.maxnreg
 
 
-@dataclass
-class _OnHopper:
-    """dbias by the kernel in Gluon, or None where Triton cannot run it."""
+def _dbias_on_hopper(*given: Any) -> Tensor:
+    from trifast_inductor.kernels.triangle_attention.hopper import dbias
 
-    key_is_mask: bool
-    scale: float
-    fill: float
-    key_term_first: bool
-
-    def __call__(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        key: Tensor | None,
-        terms: Tensor,
-        sums: Tensor,
-    ) -> Tensor | None:
-        if hopper.gluon_refusal() is not None:
-            return None
-        from trifast_inductor.kernels.triangle_attention.hopper import dbias
-
-        key_bias, key_mask = (None, key) if self.key_is_mask else (key, None)
-        order = (self.scale, self.fill, self.key_term_first)
-        try:
-            return dbias.launch(grad_out, q, k, v, bias, key_bias, key_mask, terms, sums, *order)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            hopper.give_up(error)
-            return None
+    return dbias.launch(*given)
 
 
 class Plan:
@@ -133,16 +103,17 @@ class Plan:
         programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
         self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
-        self._hopper_dbias: _OnHopper | None = None
+        self._dbias_is_on_hopper = False
+        self._order = (scale, fill, key_term_first)
+        self._key_is_mask = key_mask is not None
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
         self._dbias_shape: tuple[int, ...] = (0,)
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)
-        order = (scale, fill, key_term_first)
-        refused = dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *order)
-        self._hopper_dbias = None if refused else _OnHopper(key_mask is not None, *order)
+        refused = dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *self._order)
+        self._dbias_is_on_hopper = refused is None
         programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
@@ -167,17 +138,20 @@ class Plan:
         def empty(shape: Any, dtype: torch.dtype = q.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=q.device)
 
-        dq, dk, dv, sums_of_ds = empty(q.shape), empty(k.shape), empty(v.shape), empty(self._dbias_shape)
+        dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
         terms, row_sums = (empty(self._terms_shape, torch.float32) for _ in range(2))
         left = (terms, row_sums, empty(self._huge_shape, torch.int32))
         by_i, by_j, loud = self._words(bias)
         rest = (key, *self._keys(key, loud), grad_out)
         self._dq(q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
         self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
-        if self._hopper_dbias is not None and bias is not None:
-            dbias = self._hopper_dbias(grad_out, q, k, v, bias, key, terms, row_sums)
+        if self._dbias_is_on_hopper:
+            key_term = (None, key) if self._key_is_mask else (key, None)
+            given = (grad_out, q, k, v, bias, *key_term, terms, row_sums, *self._order)
+            dbias = hopper.attempt(_dbias_on_hopper, *given)
             if dbias is not None:
                 return dq, dk, dv, dbias
+        sums_of_ds = empty(self._dbias_shape)
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
             self._dbias(q, k, v, by_i, *rest, *left, parts)
