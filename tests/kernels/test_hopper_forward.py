@@ -250,7 +250,7 @@ def test_backward_takes_its_statistics(hopper, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("fill", "first"), [(-9999.0, False), (-1e9, True)])
 def test_a_fill_that_may_keep_some_probability_is_declined(hopper, fill, first):
-    x = random_inputs(J=256, dtype=torch.bfloat16, device=hopper, key_term="mask")
+    x = random_inputs(R=8, I=512, J=512, dtype=torch.bfloat16, device=hopper, key_term="mask")
     assert choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, -1e30, first) is None
     assert str(fill) in choice.refusal(x.q, x.k, x.v, x.bias, x.key_mask, x.scale, fill, first)
 
