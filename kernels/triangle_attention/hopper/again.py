@@ -3,6 +3,9 @@
 `forward.py` leaves a row sum of NaN in such a row: its later logits lie too far above those of its first tile, all
 its keys are masked, or there is a NaN or an infinity among its inputs. Everything is read as the caller gave it, so
 what comes out is what the portable kernel would give.
+
+Mostly there is nothing to do, and where there is, it lies together (the rows of the padding). So there are as many
+programs as the GPU holds at once, each of which looks through every n-th block: neighbours go to different ones.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -12,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
 from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
@@ -21,7 +25,19 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     logits_tile,
     offset,
     store_rows,
+    within,
 )
+from trifast_inductor.kernels.triangle_attention.tiling import Tile
+
+
+@triton.jit
+def _unsound(row_sum_ptr, block, blocks, last, I, BLOCK_I: tl.constexpr):
+    """A bit for each of 32 blocks: whether one of its row sums is NaN."""
+    i = (block % blocks * BLOCK_I)[:, None] + tl.arange(0, BLOCK_I)[None, :]
+    in_range = (block < last)[:, None] & (i < I)
+    sums = tl.load(row_sum_ptr + (block // blocks).to(tl.int64)[:, None] * I + i, mask=in_range, other=0.0)
+    bit = tl.max((sums != sums).to(tl.int32), 1) << tl.arange(0, 32)
+    return tl.sum(bit, 0)
 
 
 @triton.jit
@@ -52,10 +68,11 @@ def _triangle_attention_fwd_again(
     stride_bias_b: tl.int64,
     stride_bias_h: tl.int64,
     stride_bias_i: tl.int64,
-    stride_bias_j: tl.int64,
+    stride_bias_j,
     stride_key_b: tl.int64,
     stride_key_r: tl.int64,
     stride_key_j,
+    B,
     R,
     H,
     I,
@@ -70,65 +87,72 @@ def _triangle_attention_fwd_again(
     ALIGNED: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    SEEN: tl.constexpr,  # row sums looked at together
+    EVEN_J: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    h = program % H
-    r = (program // H % R).to(tl.int64)
-    b = (program // (H * R)).to(tl.int64)
-    statistics = ((b * R + r) * H + h) * I
-    row_sum_ptr += statistics
-    unsound = 0
-    for start in range(0, I, SEEN):
-        seen = start + tl.arange(0, SEEN)
-        sums = tl.load(row_sum_ptr + seen, mask=seen < I, other=0.0)
-        unsound += tl.sum((sums != sums).to(tl.int32), 0)
-    if unsound == 0:
-        return
+    programs = tl.num_programs(0)
+    blocks = tl.cdiv(I, BLOCK_I)
+    last = B * R * H * blocks
+    for first in range(tl.program_id(0), last, 32 * programs):
+        unsound = _unsound(row_sum_ptr, first + tl.arange(0, 32) * programs, blocks, last, I, BLOCK_I)
+        for n in range(32):
+            if (unsound >> n) & 1 != 0:
+                block = first + n * programs
+                head = block // blocks
+                h = head % H
+                r = (head // H % R).to(tl.int64)
+                b = (head // (H * R)).to(tl.int64)
+                i = block % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+                j = tl.arange(0, BLOCK_J)
+                i_in_range = i < I
+                of_q = q_ptr + b * stride_qb + r * stride_qr + h * stride_qh
+                of_k = k_ptr + b * stride_kb + r * stride_kr + h * stride_kh
+                of_v = v_ptr + b * stride_vb + r * stride_vr + h * stride_vh
+                of_bias = bias_ptr + b * stride_bias_b + h * stride_bias_h
+                of_key = key_ptr + b * stride_key_b + r * stride_key_r if KEY_TERM != "none" else key_ptr
+                bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
 
-    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
-    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
-    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
-    bias_ptr += b * stride_bias_b + h * stride_bias_h
-    if KEY_TERM != "none":
-        key_ptr += b * stride_key_b + r * stride_key_r
-    out_ptr += ((b * R + r) * I * H + h) * D
-    row_max_ptr += statistics
-    for first in range(0, I, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        i_in_range = i < I
-        sums = tl.load(row_sum_ptr + i, mask=i_in_range, other=0.0)
-        if tl.sum((sums != sums).to(tl.int32), 0) > 0:
-            q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
-            row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
-            row_sum = tl.zeros([BLOCK_I], tl.float32)
-            acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
-            for start in range(0, J, BLOCK_J):
-                j = start + tl.arange(0, BLOCK_J)
-                in_range = j < J
-                k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
-                qk = dot(q, tl.trans(k), None, PRECISION)
-                key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
-                bias_ptrs = bias_ptr + offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
-                bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
-                x = logits_tile(
-                    qk, bias, key[None, :], in_range[None, :], scale, fill, True, KEY_TERM, KEY_TERM_FIRST, False
-                )  # fmt: skip
-                new_max = tl.maximum(row_max, tl.max(x, 1))
-                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                p = tl.exp2((x - shift[:, None]) * LOG2E)
-                rescale = tl.exp2((row_max - shift) * LOG2E)
-                row_sum = row_sum * rescale + tl.sum(p, 1)
-                v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-                acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-                row_max = new_max
-            store_rows(out_ptr, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
-            tl.store(row_max_ptr + i, row_max, mask=i_in_range)
-            tl.store(row_sum_ptr + i, row_sum, mask=i_in_range)
+                q = load_rows(of_q, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+                row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
+                row_sum = tl.zeros([BLOCK_I], tl.float32)
+                acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+                for start in range(0, J, BLOCK_J):
+                    in_range = within(j, J - start, EVEN_J)
+                    k = load_rows(of_k, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+                    qk = dot(q, tl.trans(k), None, PRECISION)
+                    key = load_key_term(of_key, j, in_range, stride_key_j, KEY_TERM)
+                    bias_in_range = i_in_range[:, None] & in_range[None, :]
+                    bias = tl.load(of_bias + bias_offsets, mask=bias_in_range, other=0.0)
+                    x = logits_tile(
+                        qk, bias, key[None, :], in_range[None, :], scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J
+                    )  # fmt: skip
+                    new_max = tl.maximum(row_max, tl.max(x, 1))
+                    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+                    p = tl.exp2((x - shift[:, None]) * LOG2E)
+                    rescale = tl.exp2((row_max - shift) * LOG2E)
+                    row_sum = row_sum * rescale + tl.sum(p, 1)
+                    v = load_rows(of_v, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+                    acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+                    row_max = new_max
+                    of_k += BLOCK_J * stride_kj
+                    of_v += BLOCK_J * stride_vj
+                    of_bias += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
+                    if KEY_TERM != "none":
+                        of_key += BLOCK_J * tl.cast(stride_key_j, tl.int64)
+                of_out = out_ptr + ((b * R + r) * I * H + h) * D
+                store_rows(of_out, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
+                statistics = head.to(tl.int64) * I + i
+                tl.store(row_max_ptr + statistics, row_max, mask=i_in_range)
+                tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)
 
 
 _launch = Repeated(_triangle_attention_fwd_again)
+_PROGRAMS = 4  # of a multiprocessor: what its registers hold at D=32
 _REST = [name for name in _triangle_attention_fwd_again.arg_names if not name.endswith("_ptr")]
+
+
+def _programs(device: int) -> int:
+    """Odd: where the same queries of every head are unsound, they too go to different programs."""
+    return _PROGRAMS * (multiprocessors(device) if device >= 0 else 1) - 1  # the interpreter has one
 
 
 def launch(
@@ -148,14 +172,19 @@ def launch(
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
     B, R, I, H, _ = q.shape
     given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+    # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19
+    # instructions a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
+    tile = Tile(64, 32, 4, 3)
     values = {
         **given,
+        **vars(tile),
+        "B": B,
         "ALIGNED": arguments.rows_are_aligned(q, k, v),
-        "BLOCK_I": 64,
-        "BLOCK_J": 64,
-        "SEEN": min(1024, triton.next_power_of_2(I)),
+        "EVEN_J": k.shape[2] % tile.BLOCK_J == 0,
     }
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     rest = [values[name] for name in _REST]
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device_of(q):
-        _launch(B * R * H, q, k, v, bias, key, out, row_max, row_sum, *rest, num_warps=4)
+        programs = min(B * R * H * triton.cdiv(I, tile.BLOCK_I), _programs(q.get_device()))
+        _launch(programs, q, k, v, bias, key, out, row_max, row_sum, *rest, **options)
