@@ -21,12 +21,12 @@ from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
-    LOG2E,
     dot,
     load_key_term,
     load_rows,
     logits_tile,
     offset,
+    running_probabilities,
     store_rows,
     within,
 )
@@ -127,16 +127,10 @@ def _triangle_attention_fwd(
             EVEN_J,
         )
 
-        new_max = tl.maximum(row_max, tl.max(x, 1))
-        # A row of -inf keeps exp(-inf) = 0 until the last division makes it 0/0.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        # The difference first, then log2(e): see `probabilities`.
-        p = tl.exp2((x - shift[:, None]) * LOG2E)
-        rescale = tl.exp2((row_max - shift) * LOG2E)
+        p, rescale, row_max = running_probabilities(x, row_max)
         row_sum = row_sum * rescale + tl.sum(p, 1)
         v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-        row_max = new_max
 
         k_ptr += BLOCK_J * stride_kj
         v_ptr += BLOCK_J * stride_vj

@@ -161,3 +161,15 @@ def probabilities(x, row_max, log2_sum):
     0/0 does.
     """
     return tl.exp2((x - row_max) * LOG2E - log2_sum)
+
+
+@triton.jit
+def running_probabilities(x, row_max):
+    """exp(x - maximum) over all tiles so far, what sums over the tiles before are multiplied with, and that maximum."""
+    new_max = tl.maximum(row_max, tl.max(x, 1))
+    # A row of -inf keeps exp(-inf) = 0 until the last division makes it 0/0.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    # The difference first, then log2(e): see `probabilities`.
+    p = tl.exp2((x - shift[:, None]) * LOG2E)
+    rescale = tl.exp2((row_max - shift) * LOG2E)
+    return p, rescale, new_max

@@ -18,12 +18,12 @@ from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
 from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
-    LOG2E,
     dot,
     load_key_term,
     load_rows,
     logits_tile,
     offset,
+    running_probabilities,
     store_rows,
     within,
 )
@@ -125,14 +125,10 @@ def _triangle_attention_fwd_again(
                     x = logits_tile(
                         qk, bias, key[None, :], in_range[None, :], scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J
                     )  # fmt: skip
-                    new_max = tl.maximum(row_max, tl.max(x, 1))
-                    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                    p = tl.exp2((x - shift[:, None]) * LOG2E)
-                    rescale = tl.exp2((row_max - shift) * LOG2E)
+                    p, rescale, row_max = running_probabilities(x, row_max)
                     row_sum = row_sum * rescale + tl.sum(p, 1)
                     v = load_rows(of_v, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
                     acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-                    row_max = new_max
                     of_k += BLOCK_J * stride_kj
                     of_v += BLOCK_J * stride_vj
                     of_bias += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
@@ -146,6 +142,9 @@ def _triangle_attention_fwd_again(
 
 
 _launch = Repeated(_triangle_attention_fwd_again)
+# Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
+# a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
+_TILE = Tile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3)
 _PROGRAMS = 4  # of a multiprocessor: what its registers hold at D=32
 _REST = [name for name in _triangle_attention_fwd_again.arg_names if not name.endswith("_ptr")]
 
@@ -172,19 +171,16 @@ def launch(
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
     B, R, I, H, _ = q.shape
     given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19
-    # instructions a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
-    tile = Tile(64, 32, 4, 3)
     values = {
         **given,
-        **vars(tile),
+        **vars(_TILE),
+        **arguments.evenness(I, k.shape[2], _TILE),
         "B": B,
         "ALIGNED": arguments.rows_are_aligned(q, k, v),
-        "EVEN_J": k.shape[2] % tile.BLOCK_J == 0,
     }
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
     rest = [values[name] for name in _REST]
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": _TILE.num_warps, "num_stages": _TILE.num_stages}
     with on_device_of(q):
-        programs = min(B * R * H * triton.cdiv(I, tile.BLOCK_I), _programs(q.get_device()))
+        programs = min(B * R * H * triton.cdiv(I, _TILE.BLOCK_I), _programs(q.get_device()))
         _launch(programs, q, k, v, bias, key, out, row_max, row_sum, *rest, **options)
