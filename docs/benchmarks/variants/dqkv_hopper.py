@@ -46,6 +46,16 @@ def _place(item, H, row_groups):
 
 
 @gluon.jit
+def _advance(slot, phase, STAGES: gl.constexpr):
+    """The next place of a ring."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
 def _copy(
     shared, ROWS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
 ):
@@ -68,10 +78,7 @@ def _copy(
                 at = [b, rows * ROWS + n // BLOCKS, (group * BLOCKS + n % BLOCKS) * SIDE, h, 0]
                 async_load(k_desc, at, bar, k_smem.index(kv_slot * ROWS * BLOCKS + n))
                 async_load(v_desc, at, bar, v_smem.index(kv_slot * ROWS * BLOCKS + n))
-            kv_slot += 1
-            if kv_slot == KV_STAGES:
-                kv_slot = 0
-                kv_phase ^= 1
+            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
             for tile in range(tiles_i):
                 mbarrier.wait(empty.index(slot), phase)
                 bar = full.index(slot)
@@ -89,10 +96,7 @@ def _copy(
                     async_load(
                         words_desc, [(block * tiles_i + tile) * SIDE, 0], bar, words_smem.index(slot * BLOCKS + n)
                     )
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                slot, phase = _advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -227,14 +231,8 @@ def _walk(
                 ds_smem.index(ds_slot * COUNT + WHICH).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(ds_slot), count=1)
-                ds_slot += 1
-                if ds_slot == DS_STAGES:
-                    ds_slot = 0
-                    ds_phase ^= 1
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
+                slot, phase = _advance(slot, phase, STAGES)
                 # The logits of the next tile; those after the last are not used.
                 mbarrier.wait(full.index(slot), phase, pred=tile + 1 < tiles_i)
                 dv = warpgroup_mma(gl.convert_layout(p, OF_OUT), do, dv, is_async=True)
@@ -249,10 +247,7 @@ def _walk(
                 dv, dk, x = warpgroup_mma_wait(0, deps=(dv, dk, x))
                 mbarrier.arrive(empty.index(here), count=1)
             mbarrier.arrive(kv_empty.index(kv_slot), count=1)
-            kv_slot += 1
-            if kv_slot == KV_STAGES:
-                kv_slot = 0
-                kv_phase ^= 1
+            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
 
             j = (group * BLOCKS + N) * SIDE + gl.arange(0, SIDE, layout=gl.SliceLayout(1, OUT))
             d = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
@@ -309,15 +304,9 @@ def _sum_dq(
                         offsets = (b * R + r).to(gl.int64) * I * H * D + h * D + gl.expand_dims(i * (H * D), 1) + d
                         in_range = gl.expand_dims((i < I) & (r < R), 1)
                         gl.store(dq_ptr + offsets, (dq * scale).to(dtype), mask=in_range)
-                ds_slot += 1
-                if ds_slot == DS_STAGES:
-                    ds_slot = 0
-                    ds_phase ^= 1
+                ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
             mbarrier.arrive(kv_empty.index(kv_slot), count=1)
-            kv_slot += 1
-            if kv_slot == KV_STAGES:
-                kv_slot = 0
-                kv_phase ^= 1
+            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
 
 
 # Compiled once for all lengths.
