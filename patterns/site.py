@@ -115,6 +115,11 @@ class Reason(enum.Enum):
         "symbolic sizes cannot be proved to fit together",
         "mark the sizes static or equal, or compile with dynamic=False",
     )
+    VMAP = (
+        "vmap",
+        "the attention runs under torch.func.vmap, where tensors hide one of their axes",
+        "give the samples an axis of their own, which the op takes as one more batch axis",
+    )
     UNREADABLE = (
         "unreadable",
         "the graph could not be re-read as ATen",

@@ -126,7 +126,9 @@ def sort(terms: tuple[Term, ...], selects: tuple[Select, ...], batch: Label, que
 
     # Only now are the atoms as fine as they get: reading the terms may have split some.
     queries, keys = flat(queries), flat(keys)
-    pairs = [t for t in leaves if _meet(t.atoms, keys) and _meet(t.atoms, queries)]
+    # Of one query there is no axis to vary over, and an addend for each key that needs a gradient is a pair bias.
+    over_keys = [t for t in leaves if _meet(t.atoms, keys)]
+    pairs = [t for t in over_keys if (_meet(t.atoms, queries) if queries else t.requires_grad)]
     pair_fills = [f for f in fills if _meet(f.atoms, keys) and _meet(f.atoms, queries)]
     paired = _atoms(*pairs, *pair_fills)
     i = tuple(atom for atom in queries if atom in paired) if paired else queries

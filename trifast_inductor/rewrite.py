@@ -157,7 +157,9 @@ def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[f
         raise
     rows = [row_of(each) for each in found]
     for node in before.unread:
-        if _is_softmax(node):
+        if _is_softmax(node) and nodes.is_of_vmap(node):
+            rows.append(declined_row(Reason.VMAP, location=location_of(node)))
+        elif _is_softmax(node):
             rows.append(declined_row(Reason.UNREADABLE, "the softmax cannot be re-run", location_of(node)))
         elif _is_flex_attention(node):
             rows.append(declined_row(Reason.ALREADY_FUSED, location=location_of(node)))

@@ -165,3 +165,43 @@ def test_tensors_that_change_their_shape_in_place(attend: Callable[..., Tensor],
     actual = torch.compile(attend, backend=rewriting)(x, k, v, bias)
     assert counters["trifast"] == {"rewritten": 1}
     torch.testing.assert_close(actual, attend(x, k, v, bias))
+
+
+ONE_OF_EACH = {"batch": 0, "row": 1, "head": 2, "query": 3, "key": 4, "channel": 5, "row and head": (1, 2)}
+
+
+@pytest.mark.parametrize("axis", ONE_OF_EACH)
+@pytest.mark.parametrize("spelling", ["matmul", "einsum"])
+def test_one_of_each(spelling: str, axis: str) -> None:
+    """An axis of size 1 takes no role from another.
+
+    Of one key there is no softmax to speak of; of one channel einsum multiplies, and no contraction is left to find.
+    """
+    sizes = [2, 3, 4, 5, 6, 7]
+    for each in torch.atleast_1d(torch.tensor(ONE_OF_EACH[axis])).tolist():
+        sizes[each] = 1
+    B, R, H, I, J, D = sizes
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        if spelling == "matmul":
+            a = q.transpose(2, 3) @ k.permute(0, 1, 3, 4, 2) + bias[:, None] + mask[:, :, None, None]
+            return a.softmax(-1) @ v.transpose(2, 3)
+        a = torch.einsum("brihd,brjhd->brhij", q, k) + bias.unsqueeze(1) + mask[:, :, None, None]
+        return torch.einsum("brhij,brjhd->brhid", a.softmax(-1), v)
+
+    def given() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = (B, R, I, H, D), (B, R, J, H, D), (B, R, J, H, D), (B, H, I, J)
+        tensors = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+        kept = torch.rand(B, R, J, generator=generator) > 0.3
+        return [*(t.requires_grad_() for t in tensors), torch.where(kept, 0.0, -1e4).double()]
+
+    expected, actual = given(), given()
+    attend(*expected).square().sum().backward()
+    out = torch.compile(attend, backend=rewriting)(*actual)
+    out.square().sum().backward()
+    is_attention = axis != "key" and (spelling, axis) != ("einsum", "channel")
+    assert counters["trifast"] == ({"rewritten": 1} if is_attention else {})
+    for ours, eager in zip(actual[:4], expected[:4], strict=True):
+        torch.testing.assert_close(ours.grad, eager.grad)
+    torch.testing.assert_close(out, attend(*expected))

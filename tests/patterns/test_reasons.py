@@ -16,7 +16,14 @@ from .page import render
 from .spellings import C, H, MatmulInPlace, Projections, inputs
 
 # The near misses trigger theirs in test_attention.py; these need an environment of their own, below.
-BY_ENVIRONMENT = {Reason.DTYPE, Reason.DEVICE, Reason.NO_TRITON, Reason.UNDECIDED_SIZES, Reason.UNREADABLE}
+BY_ENVIRONMENT = {
+    Reason.DTYPE,
+    Reason.DEVICE,
+    Reason.NO_TRITON,
+    Reason.UNDECIDED_SIZES,
+    Reason.VMAP,
+    Reason.UNREADABLE,
+}
 
 
 def reasons(model: torch.nn.Module, *args: torch.Tensor, **options: object) -> set[str]:
@@ -67,6 +74,22 @@ def test_undecided_sizes() -> None:
     with pytest.raises(Declined) as declined:
         terms.without_copies(operand, known=())
     assert declined.value.reason is Reason.UNDECIDED_SIZES
+
+
+def test_vmap() -> None:
+    """Compiled as it is, and right: one softmax, named by its line."""
+
+    class OverSamples(MatmulInPlace):
+        def forward(self, x, mask):
+            return torch.func.vmap(super().forward)(x, mask)
+
+    model = OverSamples()
+    x, mask = (t[None].expand(2, *t.shape) for t in inputs(MatmulInPlace))
+    torch._dynamo.reset()
+    (row,) = trifast_inductor.explain(model, x, mask).rows
+    assert row.reason == "vmap"
+    assert "spellings.py" in row.location
+    torch.testing.assert_close(torch.compile(model, backend="trifast")(x, mask), model(x, mask))
 
 
 def test_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
