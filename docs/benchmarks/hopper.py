@@ -10,7 +10,7 @@ against float64. A process that fails, or hangs, costs its own line only.
 What a kernel waits for (about a minute; `--clock-control none` leaves the clocks alone):
 
     ncu --clock-control none --set full --import-source no -k regex:triangle_attention_fwd_hopper -c 1 \\
-        python docs/benchmarks/hopper.py --once ahead --sizes 512
+        python docs/benchmarks/hopper.py --once default --sizes 512
 """
 
 import argparse
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,17 +29,11 @@ from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape
 from trifast_inductor.testing import Inputs
 
-AHEAD = Shape(ROWS=3, BLOCKS=1, REGISTERS=160, AHEAD=True)
-# In order of promise; log-hopper.md, step 8, says why and what was predicted.
+# log-hopper.md, step 7, says why and what was predicted.
 SHAPES = {
-    "ahead": AHEAD,  # no shift, every product under exponentials: three rows by 64 queries, 160 registers
-    "ahead-8": replace(AHEAD, POLYNOMIAL=8),  # an eighth of the exponentials by multiply-add units
-    "ahead-2x2": Shape(BLOCK_J=32, STAGES=6, AHEAD=True),  # four, with tiles of 32 keys
-    "ahead-4": replace(AHEAD, POLYNOMIAL=4),  # a quarter
-    "default": Shape(),  # of step 7, "2x2" there: a partition for each warpgroup
-    "default-8": Shape(POLYNOMIAL=8),
-    "ahead-sums": replace(AHEAD, SUM_BY_PRODUCT=False),  # row sums by addition: less for the tensor cores
-    "q": Shape(BLOCKS=1, NUM_WARPS=8),  # of step 7: two partitions of two warpgroups
+    "default": Shape(),  # "2x2" there: a partition for each warpgroup
+    "q": Shape(BLOCKS=1, NUM_WARPS=8),  # two partitions of two warpgroups
+    "sums": Shape(SUM_BY_PRODUCT=False),  # row sums by addition: less for the tensor cores
 }
 PEERS = ("portable", "flex")
 LEFT_OUT = ("none", "tail", "random")

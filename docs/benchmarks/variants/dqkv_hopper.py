@@ -223,7 +223,7 @@ def _walk(
                 q = q_smem.index(here * ROWS + M).reshape([SIDE, D])
                 dp = _product(left_of_dp, terms_smem.index(here * ROWS + M), v, do, X)
                 words = words_smem.index(here * BLOCKS + N).load(WORDS)
-                p = exp2(_unpack(words, dtype, X) * LOG2E + x * factor, 0)
+                p = exp2(_unpack(words, dtype, X) * LOG2E + x * factor)
                 dp = warpgroup_mma_wait(0, deps=(dp,))
                 ds = (p * dp).to(dtype)
                 p = p.to(dtype)

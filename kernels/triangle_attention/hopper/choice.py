@@ -34,9 +34,7 @@ class Shape:
     BLOCK_J: int = 64
     TILES: int = 2
     STAGES: int = 3
-    AHEAD: bool = False  # `ahead.py`, or `shifted.py`
     SUM_BY_PRODUCT: bool = True
-    POLYNOMIAL: int = 0  # one exponential of so many is computed by the multiply-add units
     REGISTERS: int = 112  # of the partitions but the first, which has what they leave
 
     def shared_memory(self, D: int) -> int:

@@ -119,7 +119,7 @@ def _probabilities(x, shift, factor, key_smem, masked, n: gl.constexpr, KEY_TERM
         key = _load_key(key_smem, n, X)
         # Of two numbers, of which one is NaN, the other is taken.
         x = x + key if KEY_TERM == "add" else gl.minimum(x, key)
-    return exp2(x * factor - gl.expand_dims(shift, 1), 0)
+    return exp2(x * factor - gl.expand_dims(shift, 1))
 
 
 @gluon.jit

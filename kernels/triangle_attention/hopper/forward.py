@@ -3,11 +3,10 @@
     x = scale·⟨q, k⟩ + bias (⊕ key term), out = Σ_j softmax_j(x) · v
 
 **Fixed shift.** A softmax is the same whatever is subtracted from the logits of a row. Instead of a maximum that
-follows the tiles, each row keeps the maximum of its first tile, without the key term (`shifted.py`), or nothing is
-subtracted at all (`ahead.py`). Nothing then depends on the tile before: no maximum, no rescaling, and products stay
-under way. Later logits may lie above the shift by the whole range of the dtype. A row where that was not enough, or
-where all keys lie far below the shift, is seen by its sum and leaves a row sum of NaN; `again.py` then computes its
-block in the usual way.
+follows the tiles, each row keeps the maximum of its first tile, without the key term (`shifted.py`). Nothing then
+depends on the tile before: no maximum, no rescaling, and products stay under way. Later logits may lie above the shift
+by the whole range of the dtype. A row where that was not enough, or where all keys lie far below the shift, is seen by
+its sum and leaves a row sum of NaN; `again.py` then computes its block in the usual way.
 
 **Sharing.** A program works on ROWS rows r and BLOCKS blocks of queries at a time, a partition of warps for each pair.
 One more warp copies k, v and the key terms, used by BLOCKS partitions, and the bias, used by ROWS, through a ring in
@@ -16,8 +15,6 @@ shared memory. The bias comes in the order in which accumulators lie in register
 Source of the roles: Shah et al. 2024 (FlashAttention-3), section 3.1.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
-
-import math
 
 import torch
 import triton
@@ -31,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
-from trifast_inductor.kernels.triangle_attention.hopper.ahead import attend_ahead
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
@@ -96,32 +92,6 @@ def _copy(
                 phase ^= 1
 
 
-@gluon.jit
-def _attend(
-    shared,
-    WHICH: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
-    TILES: gl.constexpr,
-    BLOCK_J: gl.constexpr,
-    D: gl.constexpr,
-    HAS_KEY_TERM: gl.constexpr,
-    AHEAD: gl.constexpr,
-    SUM_BY_PRODUCT: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
-):
-    if AHEAD:
-        attend_ahead(
-            shared, WHICH, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS
-        )
-    else:
-        attend_shifted(
-            shared, WHICH, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS
-        )
-
-
 # Compiled once for all lengths.
 @gluon.jit(do_not_specialize=["R", "H", "I", "row_groups", "groups", "stages", "items"])
 def _triangle_attention_fwd_hopper(
@@ -149,9 +119,7 @@ def _triangle_attention_fwd_hopper(
     BLOCK_J: gl.constexpr,
     TILES: gl.constexpr,  # of a stage
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
     REGISTERS: gl.constexpr,
     NUM_WARPS: gl.constexpr,  # of a partition
 ):
@@ -195,32 +163,32 @@ def _triangle_attention_fwd_hopper(
     # fmt: off
     if COUNT == 2:
         gl.warp_specialize([
-            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
+            (attend_shifted, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
         ], [NUM_WARPS, 1], [REGISTERS, 24])
     elif COUNT == 3:
         gl.warp_specialize([
-            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
+            (attend_shifted, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
         ], [NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_attend, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
-            (_attend, (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM, AHEAD,
-                SUM_BY_PRODUCT, POLYNOMIAL, NUM_WARPS)),
+            (attend_shifted, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
+            (attend_shifted, (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
+                SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
         ], [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, 24])
     # fmt: on
@@ -252,10 +220,9 @@ def fixed_shift(
     row_max = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
     row_sum = torch.empty_like(row_max)
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    bias_factor = math.log2(math.e) if shape.AHEAD else 1 / scale
     with on_device_of(q):
         words = bias_pass.tiles(
-            bias, bias_factor, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I=BLOCK_I, BLOCK_J=shape.BLOCK_J
+            bias, 1 / scale, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I=BLOCK_I, BLOCK_J=shape.BLOCK_J
         )
         terms, flags = (None, None) if key is None else bias_pass.key_terms(key, scale, stages, STAGE_J)
         programs = multiprocessors(q.get_device())

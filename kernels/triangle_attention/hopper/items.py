@@ -33,8 +33,8 @@ def store(out_ptr, row_max_ptr, row_sum_ptr, acc, total, top, b, r, h, block, R,
     BLOCK_I: gl.constexpr = acc.shape[0]
     D: gl.constexpr = acc.shape[1]
     dtype: gl.constexpr = out_ptr.dtype.element_ty
-    # Below, what p has lost to its smallest values (2^-126, and 2^-24 in float16) may show. Above, a polynomial's p may
-    # have been clamped; where sums of p·v overflow before, the output is not finite.
+    # Below, what p has lost to its smallest values (2^-126, and 2^-24 in float16) may show. Above, sums are near
+    # float32's largest; where those of p·v overflow before, the output is not finite.
     LEAST: gl.constexpr = 2.0**-100 if dtype == gl.bfloat16 else 0.125
     MOST: gl.constexpr = 2.0**120
     out = acc * gl.expand_dims(1.0 / total, 1)

@@ -6,46 +6,10 @@ from triton.experimental.gluon import language as gl
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-# 2^y = 2^n·2^f with n = round(y), the second by a polynomial of least relative error (7.5e-5) for |f| <= 1/2. y is
-# first held within ±126 by an operation that saturates, which costs it 2^-17. It is turned round so that a NaN
-# becomes the largest value, which the row's sum shows, and not the smallest. 12582912 leaves n in a float's low bits.
-_POLYNOMIAL = """
-fma.rn.sat.f32 s, {y}, 0fBB820821, 0f3F000000;
-fma.rn.f32 t, s, 0fC37C0000, 0f4B40007E;
-sub.rn.f32 f, 0f4B40007E, t;
-fma.rn.f32 f, s, 0fC37C0000, f;
-fma.rn.f32 p, f, 0f3D61FBB0, 0f3E786F0D;
-fma.rn.f32 p, f, p, 0f3F31798D;
-fma.rn.f32 p, f, p, 0f3F7FFB49;
-mov.b32 n, t;
-mov.b32 m, p;
-shl.b32 n, n, 23;
-add.s32 n, n, m;
-mov.b32 {x}, n;
-"""
-
-
-def _exponentials(group: int) -> gl.constexpr:
-    """Of so many numbers, the last one by multiplications and additions."""
-    by_unit = "".join(f"ex2.approx.ftz.f32 ${n}, ${group + n};\n" for n in range(group - 1))
-    polynomial = _POLYNOMIAL.format(x=f"${group - 1}", y=f"${2 * group - 1}")
-    return gl.constexpr("{ .reg .f32 s, t, f, p;\n.reg .b32 n, m;\n" + by_unit + polynomial + "}")
-
-
-_ONE_OF_FOUR = _exponentials(4)
-_ONE_OF_EIGHT = _exponentials(8)
-_FOUR = gl.constexpr(",".join(["=f"] * 4 + ["f"] * 4))
-_EIGHT = gl.constexpr(",".join(["=f"] * 8 + ["f"] * 8))
-
 
 @gluon.jit
-def exp2(x, GROUP: gl.constexpr):
-    """One instruction each (gl.exp2 also takes care of results that are denormal), or but for one of GROUP."""
-    gl.static_assert(GROUP == 0 or GROUP == 4 or GROUP == 8)
-    if GROUP == 4:
-        return gl.inline_asm_elementwise(_ONE_OF_FOUR, _FOUR, [x], dtype=gl.float32, is_pure=True, pack=4)
-    if GROUP == 8:
-        return gl.inline_asm_elementwise(_ONE_OF_EIGHT, _EIGHT, [x], dtype=gl.float32, is_pure=True, pack=8)
+def exp2(x):
+    """One instruction each: gl.exp2 also takes care of results that are denormal."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 

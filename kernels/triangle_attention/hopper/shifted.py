@@ -38,7 +38,6 @@ def attend_shifted(
     D: gl.constexpr,
     HAS_KEY_TERM: gl.constexpr,
     SUM_BY_PRODUCT: gl.constexpr,
-    POLYNOMIAL: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):
     """One block of queries of one row, for each item of the program."""
@@ -109,7 +108,7 @@ def attend_shifted(
                 k = k_smem.index(slot * ROWS + M).reshape([STAGE_J, D])
                 k = k.slice((n + 1) % TILES * BLOCK_J, BLOCK_J).permute((1, 0))
                 words = words_smem.index((slot * BLOCKS + N) * TILES + (n + 1) % TILES).load(WORDS)
-                p = exp2(x * factor - gl.expand_dims(shift, 1), POLYNOMIAL)
+                p = exp2(x * factor - gl.expand_dims(shift, 1))
                 if not SUM_BY_PRODUCT:
                     row_sum = row_sum + row_sums(p, SUM)
                 p = p.to(dtype)
