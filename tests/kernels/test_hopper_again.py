@@ -1,5 +1,7 @@
 """What surrounds the Hopper forward in plain Triton: the words of the bias, and the blocks computed again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +12,12 @@ pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention.hopper import again, bias
 
 
+@pytest.mark.parametrize("heads_last", [False, True], ids=["bias of rows", "bias of heads"])
 @pytest.mark.parametrize("key_term", ["additive", "mask"])
-def test_only_blocks_with_a_nan_are_computed_again(device, key_term):
+def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last):
     x = random_inputs(R=2, I=130, J=70, H=2, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
+    if heads_last:
+        x = replace(x, bias=x.bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
     out = torch.full((1, 2, 130, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
     row_max = torch.full((1, 2, 2, 130), 7.0, device=device)
     row_sum = row_max.clone()

@@ -1,8 +1,8 @@
 """The blocks for which a fixed shift was no good, computed once more with a running maximum.
 
 `forward.py` leaves a row sum of NaN in such a row: its later logits lie too far above those of its first tile, all
-its keys are masked, or there is a NaN or an infinity among its inputs. Everything is read as the caller gave it, so
-what comes out is what the portable kernel would give.
+its keys are masked, or there is a NaN or an infinity among its inputs. Everything is read as the portable kernel
+reads it, so what comes out is what that one would give.
 
 Mostly there is nothing to do, and where there is, it lies together (the rows of the padding). So there are as many
 programs as the GPU holds at once, each of which looks through every n-th block: neighbours go to different ones.
@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
-from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
+from trifast_inductor.kernels.triangle_attention.launching import Plans, Repeated, on_device_of, signature
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     load_key_term,
@@ -142,6 +143,9 @@ def _triangle_attention_fwd_again(
 
 
 _launch = Repeated(_triangle_attention_fwd_again)
+# A bias whose heads lie innermost, as a Linear leaves them, is copied first: read two bytes at a time, a block takes
+# five times as long.
+_aligned: Plans[AlignedRows] = Plans()
 # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
 # a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
 _TILE = Tile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3)
@@ -170,17 +174,17 @@ def launch(
 ) -> None:
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
     B, R, I, H, _ = q.shape
-    given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-    values = {
-        **given,
-        **vars(_TILE),
-        **arguments.evenness(I, k.shape[2], _TILE),
-        "B": B,
-        "ALIGNED": arguments.rows_are_aligned(q, k, v),
-    }
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    rest = [values[name] for name in _REST]
     options = {"num_warps": _TILE.num_warps, "num_stages": _TILE.num_stages}
     with on_device_of(q):
+        rows = _aligned.of(signature(bias), bias, AlignedRows, (bias,))(bias)
+        values = {
+            **arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first),
+            **vars(_TILE),
+            **arguments.evenness(I, k.shape[2], _TILE),
+            "B": B,
+            "ALIGNED": arguments.rows_are_aligned(q, k, v),
+        }
+        rest = [values[name] for name in _REST]
         programs = min(B * R * H * triton.cdiv(I, _TILE.BLOCK_I), _programs(q.get_device()))
-        _launch(programs, q, k, v, bias, key, out, row_max, row_sum, *rest, **options)
+        _launch(programs, q, k, v, rows, key, out, row_max, row_sum, *rest, **options)
