@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from trifast_inductor.kernels.triangle_attention import op as triangle_attention_op
@@ -61,7 +62,10 @@ class Lowering:
         self.written.clear()
 
     def restore_strides(self) -> None:
-        """Copy the result into the memory order that eager gives it, for readers that depend on it."""
+        """Copy the result into the memory order that eager gives it, for readers that depend on it.
+
+        Raises `Declined` where Inductor could not compile such a copy.
+        """
         result = self.result
         assert result is not None
         eager = self.site.out.value.tensor.stride()
@@ -70,6 +74,7 @@ class Lowering:
         with self.graph.inserting_before(self.replaced):
             copy = self._call(aten.permute.default, result, order)
             copy = self._call(aten.clone.default, copy, memory_format=torch.contiguous_format)
+            _check_channels(example_of(copy))
             copy = self._call(aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
         for reader in readers:
             reader.replace_input_with(result, copy)
@@ -295,6 +300,19 @@ class Lowering:
             if key in self.replaced.meta:
                 node.meta[key] = self.replaced.meta[key]
         return node
+
+
+def _check_channels(copy: torch.Tensor) -> None:
+    """Ask what Inductor of torch 2.11 asks of a copy, and fails on where only the data know the answer."""
+    from torch._inductor import ir
+
+    if not free_unbacked_symbols(copy) or hasattr(ir, "is_contiguous_for_memory_format_or_false"):  # torch 2.13
+        return
+    try:
+        copy.is_contiguous(memory_format=torch.channels_last)
+        copy.is_contiguous(memory_format=torch.channels_last_3d)
+    except GuardOnDataDependentSymNode as error:
+        raise Declined(Reason.UNDECIDED_SIZES, "this torch cannot copy the result") from error
 
 
 def _any_requires_grad(given: Any) -> bool:

@@ -37,10 +37,10 @@ def test_the_stand_in_takes_what_the_published_trunk_takes(stand_in) -> None:
     assert missing == set()
 
 
+@pytest.mark.usefixtures("without_cuda")
 def test_without_a_compiler_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(demo, "_has_compiler", lambda: False)
     assert demo.main([]) == 2
     assert "install g++ or clang" in capsys.readouterr().err

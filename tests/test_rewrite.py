@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.utils import counters
+from torch._inductor import ir
 
 from trifast_inductor import rewrite as rewrite_module
 from trifast_inductor.errors import DeclinedError
@@ -163,4 +164,6 @@ class TestBadInput:
             compiled = torch.compile(f, backend="trifast", fullgraph=True)
             values = arguments()
             torch.testing.assert_close(compiled(*values, keep), f(*values, keep))
-        assert counters["trifast"] == {"rewritten": 1}
+        declined = {"declined": 1, "declined: undecided-sizes": 1}
+        copies = hasattr(ir, "is_contiguous_for_memory_format_or_false")  # from torch 2.13 on
+        assert counters["trifast"] == ({"rewritten": 1} if copies or capture == "item" else declined)

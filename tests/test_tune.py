@@ -98,8 +98,8 @@ def test_show_and_clear_need_no_gpu(
     assert "nothing to remove" in capsys.readouterr().out
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.usefixtures("without_cuda")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["tune"]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import glob
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,11 @@ def _rewrite(graph: fx.Graph, packages_kernels: bool) -> tuple[list[Row], list[f
                     lowered[index] = lowering
                 else:
                     found[index] = refusal
-        if lowered and not _runs_as_before(graph, before, lowered.values()):
-            for lowering in lowered.values():
-                lowering.restore_strides()
-            if not _runs_as_before(graph, before, lowered.values()):
-                _undo(lowered)
-                for index, lowering in lowered.items():
-                    softmax = lowering.site.softmax
-                    found[index] = Refusal(softmax, Reason.UNREADABLE, "the rewritten graph does not run")
+        failure = _failure(graph, before, lowered.values())
+        if failure is not None:
+            _undo(lowered)
+            for index, lowering in lowered.items():
+                found[index] = Refusal(lowering.site.softmax, failure.reason, failure.detail)
         if packages_kernels and V.aot_compilation:
             _package(lowered.values())
     except BaseException:
@@ -195,6 +192,20 @@ def _package(lowered: Iterable[Lowering]) -> None:
             from trifast_inductor.kernels.triangle_attention import packaged
 
             node.target = packaged.triangle_attention
+
+
+def _failure(graph: fx.Graph, before: Reading, lowered: Collection[Lowering]) -> Declined | None:
+    """Why the rewritten graph cannot stay; its results get eager's strides where a reader depends on them."""
+    if not lowered or _runs_as_before(graph, before, lowered):
+        return None
+    try:
+        for lowering in lowered:
+            lowering.restore_strides()
+    except Declined as declined:
+        return declined
+    if _runs_as_before(graph, before, lowered):
+        return None
+    return Declined(Reason.UNREADABLE, "the rewritten graph does not run")
 
 
 def _runs_as_before(graph: fx.Graph, before: Reading, lowered: Iterable[Lowering]) -> bool:

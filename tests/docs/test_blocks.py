@@ -25,8 +25,8 @@ HAS_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what the pages show is a CPU's
+def _fresh(monkeypatch: pytest.MonkeyPatch, without_cuda: None) -> Iterator[None]:
+    """What the pages show is a CPU's."""
     monkeypatch.chdir(CHECKOUT)
     torch._dynamo.reset()
     yield

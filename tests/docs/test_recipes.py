@@ -110,6 +110,7 @@ def test_explain_declined(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 rewritten, 0 declined" in third
 
 
+@pytest.mark.usefixtures("aot_packages")
 def test_aot_inductor(capsys: pytest.CaptureFixture[str]) -> None:
     published.esmfold()
     run("aot_inductor.py")

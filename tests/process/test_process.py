@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import trifast_inductor
 from trifast_inductor.kernels.triangle_attention import validation
 
+from ..once import once
 from .sites import core, inputs
 
 CHECKOUT = Path(__file__).parents[2]
@@ -40,9 +41,9 @@ def told(module: str, **environ: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found(tmp_path_factory) -> dict:
     """One process for all that it can show; a user without a GPU, even on a machine that has one."""
-    return told("one_process", CUDA_VISIBLE_DEVICES="")
+    return once(tmp_path_factory, "one_process", lambda: told("one_process", CUDA_VISIBLE_DEVICES=""))
 
 
 class TestOneProcess:
@@ -110,7 +111,10 @@ def test_compiles_from_several_threads():
         except BaseException as error:
             failures.append(error)
 
-    with trifast_inductor.register():
+    # torch knows one flag for all threads that says whether a graph is being traced; a call that meets one of another
+    # thread is an error unless it is let off, which then runs as it is.
+    one_flag = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    with one_flag, trifast_inductor.register():
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
         for thread in threads:
             thread.start()
