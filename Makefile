@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml tests/models/requirements.txt
 	@test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	@$(RUN)/python -c "import torch" 2>/dev/null || $(RUN)/pip install -qq --disable-pip-version-check torch==2.13.0
 	@$(RUN)/pip install -qq --disable-pip-version-check -e '.[test,docs]'
-	@$(RUN)/pip install -qq --disable-pip-version-check --no-deps -r tests/models/requirements.txt
+	@$(RUN)/pip install -qq --disable-pip-version-check --no-deps --ignore-requires-python -r tests/models/requirements.txt
 	@touch $@
 
 demo: $(VENV)/.ready ## fold-trunk demo on two real proteins: eager, inductor, trifast

@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 import torch
 
-INSTALL = "pip install --no-deps -r tests/models/requirements.txt"
+INSTALL = "pip install --no-deps --ignore-requires-python -r tests/models/requirements.txt"
 StandIns = Mapping[str, Mapping[str, Any]]  # attributes by name of module
 
 
