@@ -1,4 +1,4 @@
-"""A draft, compiled for sm_90 and not run: dq, dk and dv for Hopper in one pass, in Gluon.
+"""A draft, right on an H200 but not offered yet: dq, dk and dv for Hopper in one pass, in Gluon.
 
 Five products and one exponential a logit. No launcher yet, and no pass that leaves the terms of a query.
 
