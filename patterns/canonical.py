@@ -103,6 +103,9 @@ class _Rerun:
         known = whole or self._plain(node)
         if known is not None and self.is_as_recorded and not self.recorder.knows(nodes.example_of(node)):
             return self._as_recorded(node, known)
+        view = self._view(node) if self.is_as_recorded else None
+        if view is not None:
+            return view
         try:
             if whole is not None:
                 return self.recorder.run_whole(whole, *nodes.arguments(node, self.env))
@@ -116,6 +119,20 @@ class _Rerun:
         result = nodes.example_of(node)
         args, kwargs = nodes.arguments(node, self.env)
         self.recorder.record(target, args, kwargs, result)
+        return result
+
+    def _view(self, node: fx.Node) -> Any:
+        """The result that the tracer recorded, if it is a view of what this reading has as its source."""
+        source = self.env.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        result = nodes.example_of(node)
+        if not isinstance(source, FakeTensor) or not isinstance(result, FakeTensor) or self.recorder.knows(result):
+            return None
+        if result.dtype != source.dtype or storage_of(result) != storage_of(source):
+            return None
+        call = nodes.view_call(node, source, result)
+        if call is None:
+            return None
+        self.recorder.record(*call, {}, result)
         return result
 
     def _plain(self, node: fx.Node) -> Any:

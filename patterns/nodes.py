@@ -32,6 +32,33 @@ PLAIN: dict[Any, Any] = {
     for spelling in (op, *spellings)
 }
 
+# What gives a view and takes dims, as a function, a method and itself; and what gives a view of another shape.
+_OF_DIMS: dict[Any, Any] = {
+    spelling: op
+    for op, *spellings in (
+        (aten.transpose.int, torch.transpose, "transpose"),
+        (aten.permute.default, torch.permute, "permute"),
+        (aten.unsqueeze.default, torch.unsqueeze, "unsqueeze"),
+    )
+    for spelling in (op, *spellings)
+}
+_OF_SHAPE = {aten.view.default, torch.reshape, torch.flatten, "view", "reshape", "flatten", "unflatten"}
+
+
+def view_call(node: fx.Node, source: torch.Tensor, result: torch.Tensor) -> tuple[Any, tuple[Any, ...]] | None:
+    """The ATen view that a node is and its arguments, given that it made the result a view of the source."""
+    if node.kwargs:
+        return None
+    if node.target in _OF_SHAPE:
+        return aten.view.default, (source, list(result.shape))
+    op = _OF_DIMS.get(node.target)
+    dims: list[Any] = list(node.args[1:])
+    if op is aten.permute.default and isinstance(dims[0], (list, tuple)):
+        dims = list(dims[0])
+    if op is None or not all(isinstance(dim, int) for dim in dims):
+        return None
+    return op, (source, dims) if op is aten.permute.default else (source, *dims)
+
 
 def example_of(node: fx.Node) -> Any:
     """What the tracer recorded for a node: Dynamo writes `example_value`, export writes `val`."""

@@ -2,8 +2,9 @@
 
 import torch
 
-from trifast_inductor.patterns import canonical
+from trifast_inductor.patterns import canonical, nodes
 from trifast_inductor.patterns.axes import aten, packet
+from trifast_inductor.patterns.recording import Value
 
 from .graphs import captured
 
@@ -119,3 +120,38 @@ def test_only_torchs_own_functions_are_taken_for_plain_ops() -> None:
 
     _, reading = read(lambda x: add(x, x), torch.randn(4))
     assert [packet(op) for op in reading.ops] == [aten.mul]
+
+
+def test_views_taken_as_recorded_are_those_that_run(monkeypatch) -> None:
+    """Each from a sum that is taken as recorded, and from one that was run again, as a slice always is."""
+
+    def f(x):
+        for y in (x + 1, (x + 1)[:, 0:3]):
+            yield y.transpose(1, -1) * 2, torch.transpose(y, 0, 2) * 2
+            yield y.permute(0, 2, 1) * 2, y.permute((2, 1, 0)) * 2, torch.permute(y, (1, 0, -1)) * 2
+            yield y.unsqueeze(-1) * 2, torch.unsqueeze(y, 1) * 2
+            yield y.flatten(1) * 2, torch.flatten(y, 0, 1) * 2, y.transpose(0, 1).flatten(1) * 2
+            yield y.unflatten(-1, (2, -1)) * 2, y.reshape(y.shape[0], -1) * 2, torch.reshape(y, (-1,)) * 2
+            yield y.unflatten(-1, (2, 2)).transpose(1, 2).reshape(2, -1, 2) * 2, y.view(-1) * 2
+
+    def calls(reading):
+        numbers = {value: n for n, value in enumerate(value for op in reading.ops for value in op.outputs)}
+        return [
+            (op.target, [numbers.get(x, x.shape) if isinstance(x, Value) else x for x in op.args], op.outputs[0].shape)
+            for op in reading.ops
+        ]
+
+    gm = captured(lambda x: list(f(x)), torch.randn(2, 3, 4))
+    taken = []
+    view = nodes.view_call
+    monkeypatch.setattr(nodes, "view_call", lambda *given: taken.append(view(*given)) or taken[-1])
+    as_recorded = calls(canonical.read(gm.graph))
+    assert sum(call is not None for call in taken) > 12
+    monkeypatch.setattr(nodes, "view_call", lambda *given: None)
+    run_again = calls(canonical.read(gm.graph))
+    for ours, theirs in zip(as_recorded, run_again, strict=True):
+        if ours[0] is aten.view.default:  # sizes may be spelled as -1
+            assert theirs[0] in (aten.view.default, aten._unsafe_view.default)
+            assert (ours[1][0], ours[2]) == (theirs[1][0], theirs[2])
+        else:
+            assert ours == theirs
