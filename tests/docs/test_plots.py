@@ -49,6 +49,12 @@ def test_what_the_bench_draws_drops_in(tmp_path: Path) -> None:
     assert plots.rendered(tmp_path / "nowhere", "", first_only=False) == plots.NOTHING
 
 
+def _cells(page: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+
+
 PEERS = ("eager", "inductor", "flex", "trifast", "cuequivariance", "ours")  # as the columns of the README's table
 
 
@@ -69,6 +75,16 @@ def test_figures_of_the_readme_are_those_of_their_source() -> None:
     figures = re.findall(r"\d\.\d+", line)
     assert len(figures) == 8
     assert [figure for figure in figures if figure not in source] == []
+    modules = (plots.BENCHMARKS / "nvidia-h200" / "modules.md").read_text(encoding="utf-8")
+    whole = re.search(r"^A whole triangle attention module .*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    assert whole
+    assert re.search(r"commit (\w+)\)", whole[0])[1] in modules
+    found = re.findall(r"N=(\d+) ([\d.]+) / ([\d.]+) \((?:plain Inductor )?([\d.]+) / ([\d.]+)\)", whole[0])
+    assert len(found) == 2
+    for N, *gpu_ms in found:
+        columns = {(row[1], row[2]): row for row in _cells(modules)}
+        ours, plain = columns[N, "trifast"], columns[N, "inductor"]
+        assert gpu_ms == [ours[3], ours[5], plain[3], plain[5]]
     conditions = readme[readme.index("## Speed and memory") : readme.index("| bfloat16, N |")]
     for condition in ("NVIDIA H200", "torch 2.11.0+cu130", "triton 3.6.0", "B=1, H=4, D=32"):
         assert condition in conditions
