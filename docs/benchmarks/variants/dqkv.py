@@ -19,10 +19,11 @@ from trifast_inductor.kernels.triangle_attention.lean.words import Words
 from trifast_inductor.testing import Inputs, random_inputs
 
 LOG2E = 1.4426950408889634
-_TWO = {"KV_STAGES": 2, "DS_STAGES": 2, "REGISTERS": 200, "DQ_REGISTERS": 80}
-_THREE = {"DS_STAGES": 2, "REGISTERS": 136, "DQ_REGISTERS": 48}
+_TWO = {"KV_STAGES": 2, "DS_STAGES": 2, "REGISTERS": 200, "DQ_REGISTERS": 80, "SUM_TILES": 0}
+_THREE = {"DS_STAGES": 2, "REGISTERS": 136, "DQ_REGISTERS": 48, "SUM_TILES": 0}
 SHAPES = {
     "12": {"ROWS": 1, "BLOCKS": 2, "STAGES": 3, **_TWO},
+    "12s": {"ROWS": 1, "BLOCKS": 2, "STAGES": 3, **_TWO, "SUM_TILES": 8},  # up to 512 queries
     "21": {"ROWS": 2, "BLOCKS": 1, "STAGES": 3, **_TWO},
     "13": {"ROWS": 1, "BLOCKS": 3, "STAGES": 3, "KV_STAGES": 1, **_THREE},
     "31": {"ROWS": 3, "BLOCKS": 1, "STAGES": 2, "KV_STAGES": 2, **_THREE},

@@ -260,11 +260,20 @@ def _walk(
 
 @gluon.jit
 def _sum_dq(
-    shared, ROWS: gl.constexpr, BLOCKS: gl.constexpr, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.constexpr
+    shared,
+    ROWS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    KV_STAGES: gl.constexpr,
+    DS_STAGES: gl.constexpr,
+    SUM_TILES: gl.constexpr,
+    D: gl.constexpr,
 ):
-    """dq of 64 queries from the ds of all blocks; over groups of keys in the program's own slice."""
+    """dq of 64 queries from the ds of all blocks; over groups of keys in shared memory, or in the program's own slice.
+
+    A thread reads only what it wrote itself, so a sum needs no barrier and is loaded before its ds is there.
+    """
     (
-        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr,
+        k_smem, ds_smem, sums_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr,
         R, H, I, row_groups, tiles_i, groups_j, items, scale,
     ) = shared  # fmt: skip
     COUNT: gl.constexpr = ROWS * BLOCKS
@@ -283,6 +292,12 @@ def _sum_dq(
         for group in range(groups_j):
             mbarrier.wait(kv_full.index(kv_slot), kv_phase)
             for tile in range(tiles_i):
+                before = gl.zeros([SIDE, D], gl.float32, OUT)
+                if group > 0:
+                    if SUM_TILES > 0:
+                        before = sums_smem.index(tile * ROWS).load(OUT)
+                    else:
+                        before = gl.load(sums_ptrs + tile * ROWS * (SIDE * D))
                 mbarrier.wait(ds_full.index(ds_slot), ds_phase)
                 i = tile * SIDE + of_tile
                 for m in gl.static_range(ROWS):
@@ -295,10 +310,17 @@ def _sum_dq(
                     if m == ROWS - 1:
                         mbarrier.arrive(ds_empty.index(ds_slot), count=1)
                     of_sums = sums_ptrs + (tile * ROWS + m) * (SIDE * D)
-                    if group > 0:
-                        dq += gl.load(of_sums)
+                    dq = dq + before
+                    if m + 1 < ROWS and group > 0:
+                        if SUM_TILES > 0:
+                            before = sums_smem.index(tile * ROWS + m + 1).load(OUT)
+                        else:
+                            before = gl.load(of_sums + SIDE * D)
                     if group < groups_j - 1:
-                        gl.store(of_sums, dq)
+                        if SUM_TILES > 0:
+                            sums_smem.index(tile * ROWS + m).store(dq)
+                        else:
+                            gl.store(of_sums, dq)
                     else:
                         r = rows * ROWS + m
                         offsets = (b * R + r).to(gl.int64) * I * H * D + h * D + gl.expand_dims(i * (H * D), 1) + d
@@ -345,6 +367,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     DS_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     DQ_REGISTERS: gl.constexpr,
+    SUM_TILES: gl.constexpr,  # so many blocks of queries have their dq summed in shared memory: all, or 0
 ):
     COUNT: gl.constexpr = ROWS * BLOCKS
     gl.static_assert(COUNT == 2 or COUNT == 3)
@@ -358,6 +381,11 @@ def _triangle_attention_bwd_dqkv_hopper(
     DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES * COUNT, SIDE, SIDE], DS)
     left_smem = gl.allocate_shared_memory(gl.bfloat16, [COUNT + 1, SIDE, 16], gl.NVMMASharedLayout(32, 16, rank=2))
+    sums_smem = ds_smem
+    if SUM_TILES > 0:
+        # Rows of a tile are 4·D bytes apart: turned, so that the eight of a warp lie in different banks.
+        SUMS: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 8, order=[1, 0])
+        sums_smem = gl.allocate_shared_memory(gl.float32, [SUM_TILES * ROWS, SIDE, D], SUMS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
@@ -385,7 +413,7 @@ def _triangle_attention_bwd_dqkv_hopper(
         scale,
     )  # fmt: skip
     to_sum = (
-        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr,
+        k_smem, ds_smem, sums_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr,
         R, H, I, row_groups, tiles_i, groups_j, items, scale,
     )  # fmt: skip
     # fmt: off
@@ -393,7 +421,7 @@ def _triangle_attention_bwd_dqkv_hopper(
         gl.warp_specialize([
             (_walk, (to_walk, 0, ROWS, BLOCKS, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
             (_walk, (to_walk, 1, ROWS, BLOCKS, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
-            (_sum_dq, (to_sum, ROWS, BLOCKS, KV_STAGES, DS_STAGES, D)),
+            (_sum_dq, (to_sum, ROWS, BLOCKS, KV_STAGES, DS_STAGES, SUM_TILES, D)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, KV_STAGES, D)),
         ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, 24])
     else:
@@ -401,7 +429,7 @@ def _triangle_attention_bwd_dqkv_hopper(
             (_walk, (to_walk, 0, ROWS, BLOCKS, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
             (_walk, (to_walk, 1, ROWS, BLOCKS, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
             (_walk, (to_walk, 2, ROWS, BLOCKS, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
-            (_sum_dq, (to_sum, ROWS, BLOCKS, KV_STAGES, DS_STAGES, D)),
+            (_sum_dq, (to_sum, ROWS, BLOCKS, KV_STAGES, DS_STAGES, SUM_TILES, D)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, KV_STAGES, D)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, DQ_REGISTERS, 24])
     # fmt: on
