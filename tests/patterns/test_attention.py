@@ -167,20 +167,17 @@ def test_tensors_that_change_their_shape_in_place(attend: Callable[..., Tensor],
     torch.testing.assert_close(actual, attend(x, k, v, bias))
 
 
-ONE_OF_EACH = {"batch": 0, "row": 1, "head": 2, "query": 3, "key": 4, "channel": 5, "row and head": (1, 2)}
+LETTERS = {"batch": "B", "row": "R", "head": "H", "query": "I", "key": "J", "channel": "D", "row and head": "RH"}
 
 
-@pytest.mark.parametrize("axis", ONE_OF_EACH)
+@pytest.mark.parametrize("axis", LETTERS)
 @pytest.mark.parametrize("spelling", ["matmul", "einsum"])
 def test_one_of_each(spelling: str, axis: str) -> None:
     """An axis of size 1 takes no role from another.
 
     Of one key there is no softmax to speak of; of one channel einsum multiplies, and no contraction is left to find.
     """
-    sizes = [2, 3, 4, 5, 6, 7]
-    for each in torch.atleast_1d(torch.tensor(ONE_OF_EACH[axis])).tolist():
-        sizes[each] = 1
-    B, R, H, I, J, D = sizes
+    B, R, H, I, J, D = (1 if letter in LETTERS[axis] else n for n, letter in enumerate("BRHIJD", start=2))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         if spelling == "matmul":
