@@ -26,7 +26,7 @@ def test_kernels_under_the_interpreter():
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors too small to share
     options = ["-m", "not gpu", "-k", "not on_the_cpu", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     names = ("forward", "backward", "lean_backward", "launching", "budget", "masked_rows")
-    hopper = ("hopper_again", "hopper_choice", "hopper_dbias_passes")
+    hopper = ("hopper_again", "hopper_choice", "hopper_dbias_passes", "hopper_dqkv_passes")
     files = [str(here / f"test_{name}.py") for name in (*names, *hopper)]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],

@@ -113,8 +113,9 @@ def refusal(
     scale: float,
     fill: float,
     key_term_first: bool,
+    shortest: int = _SHORTEST,
 ) -> str | None:
-    """Why only the portable kernel serves this call, or None where the Hopper one can."""
+    """Why only the portable kernel serves this call, or None where the Hopper one can; `shortest` of its keys."""
     if q.device.type != "cuda" or not _is_hopper(q.device.index):
         return "the device is no Hopper"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -124,8 +125,8 @@ def refusal(
     if q.shape[-1] not in _HEADS:
         return f"D={q.shape[-1]} is not in {_HEADS}"
     B, R, I, H, _ = q.shape
-    if k.shape[2] < _SHORTEST:
-        return f"{k.shape[2]} keys are fewer than {_SHORTEST}"
+    if k.shape[2] < shortest:
+        return f"{k.shape[2]} keys are fewer than {shortest}"
     items = B * R * H * -(-I // 128)
     if items < _FEWEST_ITEMS:
         return f"{items} blocks of queries are fewer than {_FEWEST_ITEMS}"

@@ -12,7 +12,11 @@ from trifast_inductor.kernels.triangle_attention.order import program_place
 
 
 @triton.jit
-def _triangle_attention_bwd_dq_lean(
+def dq_of_block(
+    b,
+    r,
+    h,
+    block,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -28,25 +32,25 @@ def _triangle_attention_bwd_dq_lean(
     sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, blocks of queries] contiguous
     dq_ptr,  # [B, R, I, H, D] contiguous
-    stride_qb: tl.int64,
-    stride_qr: tl.int64,
+    stride_qb,
+    stride_qr,
     stride_qi,
-    stride_qh: tl.int64,
-    stride_kb: tl.int64,
-    stride_kr: tl.int64,
+    stride_qh,
+    stride_kb,
+    stride_kr,
     stride_kj,
-    stride_kh: tl.int64,
-    stride_vb: tl.int64,
-    stride_vr: tl.int64,
+    stride_kh,
+    stride_vb,
+    stride_vr,
     stride_vj,
-    stride_vh: tl.int64,
-    stride_key_b: tl.int64,
-    stride_key_r: tl.int64,
+    stride_vh,
+    stride_key_b,
+    stride_key_r,
     stride_key_j,
-    stride_dob: tl.int64,
-    stride_dor: tl.int64,
+    stride_dob,
+    stride_dor,
     stride_doi,
-    stride_doh: tl.int64,
+    stride_doh,
     R,
     H,
     I,
@@ -62,6 +66,7 @@ def _triangle_attention_bwd_dq_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    """dq of one block of queries; what it leaves of them, the kernels that follow read."""
     tl.static_assert(BLOCK_I == SIDE and BLOCK_J == SIDE)
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     # Rows that are wholly left out, as padding has, take the second loop throughout. Without key terms it is seldom
@@ -69,7 +74,6 @@ def _triangle_attention_bwd_dq_lean(
     SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else 2
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     blocks = tl.cdiv(I, BLOCK_I)
-    b, r, h, block = program_place(blocks, R, H)
     first = (block * BLOCK_I).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
@@ -166,3 +170,111 @@ def _triangle_attention_bwd_dq_lean(
             key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
 
     store(dq_ptr + out_offset, dq * scale, i, H * D, i_in_range, D)
+
+
+@triton.jit
+def _triangle_attention_bwd_dq_lean(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    words_ptr,  # of the bias, [i, j]
+    key_ptr,
+    key_terms_ptr,
+    spans_ptr,
+    do_ptr,
+    out_ptr,  # [B, R, I, H, D] contiguous
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
+    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
+    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
+    huge_ptr,  # [B, R, H, blocks of queries] contiguous
+    dq_ptr,  # [B, R, I, H, D] contiguous
+    stride_qb: tl.int64,
+    stride_qr: tl.int64,
+    stride_qi,
+    stride_qh: tl.int64,
+    stride_kb: tl.int64,
+    stride_kr: tl.int64,
+    stride_kj,
+    stride_kh: tl.int64,
+    stride_vb: tl.int64,
+    stride_vr: tl.int64,
+    stride_vj,
+    stride_vh: tl.int64,
+    stride_key_b: tl.int64,
+    stride_key_r: tl.int64,
+    stride_key_j,
+    stride_dob: tl.int64,
+    stride_dor: tl.int64,
+    stride_doi,
+    stride_doh: tl.int64,
+    R,
+    H,
+    I,
+    J,
+    J_terms,
+    scale,
+    fill,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEY_TERM: tl.constexpr,
+    KEY_TERM_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
+    dq_of_block(
+        b,
+        r,
+        h,
+        block,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        words_ptr,
+        key_ptr,
+        key_terms_ptr,
+        spans_ptr,
+        do_ptr,
+        out_ptr,
+        row_max_ptr,
+        row_sum_ptr,
+        terms_ptr,
+        sums_ptr,
+        huge_ptr,
+        dq_ptr,
+        stride_qb,
+        stride_qr,
+        stride_qi,
+        stride_qh,
+        stride_kb,
+        stride_kr,
+        stride_kj,
+        stride_kh,
+        stride_vb,
+        stride_vr,
+        stride_vj,
+        stride_vh,
+        stride_key_b,
+        stride_key_r,
+        stride_key_j,
+        stride_dob,
+        stride_dor,
+        stride_doi,
+        stride_doh,
+        R,
+        H,
+        I,
+        J,
+        J_terms,
+        scale,
+        fill,
+        D,
+        HAS_BIAS,
+        KEY_TERM,
+        KEY_TERM_FIRST,
+        PRECISION,
+        BLOCK_I,
+        BLOCK_J,
+    )

@@ -1,5 +1,6 @@
 """Which backward calls these kernels take, and their launches."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
-from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice
+from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqkv_choice
+from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys
-from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, tiles
+from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys, marked
+from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
 # Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, step 4.
@@ -72,6 +74,13 @@ def _dbias_on_hopper(*given: Any) -> Tensor:
     return dbias.launch(*given)
 
 
+def _dqkv_on_hopper(*given: Any) -> bool:
+    from trifast_inductor.kernels.triangle_attention.hopper import dqkv
+
+    dqkv.launch(*given)
+    return True
+
+
 class Plan:
     """What a call launches, decided from shapes, strides and dtypes alone; the arguments as in `backward.launch`."""
 
@@ -103,6 +112,10 @@ class Plan:
         programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
         self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
+        self._query_terms: QueryTerms | None = None
+        if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, scale, fill, key_term_first) is None:
+            self._query_terms = QueryTerms(grad_out, scale)
+            self._redo(B * R * H, q, given, tile)
         self._dbias_is_on_hopper = False
         self._order = (scale, fill, key_term_first)
         self._key_is_mask = key_mask is not None
@@ -122,6 +135,17 @@ class Plan:
         if groups > 1:
             self._parts_shape = (groups, *self._dbias_shape)
             self._sum = sums.sum_of(B * H * I * J, groups)
+
+    def _redo(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> None:
+        """What does again the heads that the Hopper kernel for dq, dk and dv cannot do."""
+        of_list = {**given, "heads": heads, "SEEN": 1024}
+        programs = marked.PROGRAMS * hopper.multiprocessors(q.get_device())
+        self._marked_shape = (heads + 1,)
+        self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, tile.dq)
+        # What is kept over the loop of blocks wants registers, too.
+        of_dq, of_dkdv = (replace(each, maxnreg=168) for each in (tile.dq, tile.dkdv))
+        self._dq_again = _Capped(marked._triangle_attention_bwd_dq_marked, programs, given, of_dq)
+        self._dkdv_again = _Capped(marked._triangle_attention_bwd_dkdv_marked, programs, given, of_dkdv)
 
     def __call__(
         self,
@@ -143,8 +167,21 @@ class Plan:
         left = (terms, row_sums, empty(self._huge_shape, torch.int32))
         by_i, by_j, loud = self._words(bias)
         rest = (key, *self._keys(key, loud), grad_out)
-        self._dq(q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
-        self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
+        for_dq = (q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
+        for_dkdv = (q, k, v, by_j, *rest, *left, dk, dv)
+        done = None
+        if self._query_terms is not None:
+            columns = self._query_terms(grad_out, out, row_max, row_sum, left)
+            given = (grad_out, q, k, v, by_j, key, columns, self._order[0], (dq, dk, dv))
+            done = hopper.attempt(_dqkv_on_hopper, *given)
+        if done:
+            heads = empty(self._marked_shape, torch.int32)
+            self._list(left[2], rest[2], heads)
+            self._dq_again(heads, *for_dq)
+            self._dkdv_again(heads, *for_dkdv)
+        else:
+            self._dq(*for_dq)
+            self._dkdv(*for_dkdv)
         if self._dbias_is_on_hopper:
             key_term = (None, key) if self._key_is_mask else (key, None)
             given = (grad_out, q, k, v, bias, *key_term, terms, row_sums, *self._order)

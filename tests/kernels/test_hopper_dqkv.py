@@ -1,0 +1,144 @@
+"""The Hopper kernel for dq, dk and dv against the definition; what it compiles to is looked at without a GPU."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from trifast_inductor.testing import Inputs, random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choice
+
+if choice.gluon_refusal() is not None:
+    pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from tests.kernels.test_backward import assert_gradients_within_budget, gradients
+from tests.kernels.test_lean_backward import CASES
+from trifast_inductor.kernels.triangle_attention import backward
+from trifast_inductor.kernels.triangle_attention.hopper import dqkv
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Any size goes to the kernel."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(lean, "SHORTEST", 1)
+    monkeypatch.setattr(lean, "SHORTEST_WITH_KEY_TERM", 1)
+    monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
+    monkeypatch.setattr(dqkv_choice, "_SHORTEST", 1)
+    monkeypatch.setattr(choice, "_FEWEST_ITEMS", 1)
+    backward._plans.clear()
+    yield "cuda"
+    backward._plans.clear()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry a launch."""
+    seen: list[int] = []
+    launch = dqkv._launch
+    monkeypatch.setattr(dqkv, "_launch", lambda *given, **options: (seen.append(1), launch(*given, **options)))
+    return seen
+
+
+def refusal(x: Inputs) -> str | None:
+    given = (x.grad_out, x.q, x.k, x.v, x.bias, x.key_mask, x.scale, x.fill, x.key_term_first)
+    return dqkv_choice.refusal(*given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of", CASES)
+def test_special_rows_and_tiles(hopper, launches, of):
+    """The cases of the lean kernels, which do again what this one cannot."""
+    x = CASES[of](hopper)
+    assert_gradients_within_budget(x)
+    assert launches == [1] * (refusal(x) is None and lean.refusal(x.grad_out, *x.op[:6], x.fill) is None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "D"), [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 32)], ids=str)
+@pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
+def test_agrees_with_reference(hopper, launches, dtype, D, key_term):
+    x = random_inputs(B=2, R=3, I=200, J=333, D=D, dtype=dtype, device=hopper, key_term=key_term)
+    assert_gradients_within_budget(x)
+    assert launches == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("I", [1, 64, 129, 300])
+@pytest.mark.parametrize("J", [1, 64, 65, 128, 300])
+def test_any_length(hopper, launches, I, J):
+    """One block of keys, two, an odd number; more tiles of queries than stages, and fewer."""
+    assert_gradients_within_budget(random_inputs(R=3, I=I, J=J, D=32, dtype=torch.bfloat16, device=hopper))
+    assert launches == [1]
+
+
+@pytest.mark.gpu
+def test_more_heads_than_programs(hopper):
+    """Two runs agree to the bit, and every program takes several."""
+    x = random_inputs(R=100, I=130, J=200, H=4, D=32, dtype=torch.bfloat16, device=hopper, key_term="additive")
+    x.key_bias[:, 3:60:7] = -1e9
+    assert_gradients_within_budget(x)
+    first, second = gradients(x), gradients(x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_other_calls_get_the_lean_kernels():
+    x = random_inputs(I=256, J=256, dtype=torch.bfloat16)
+    assert refusal(x) == "the device is no Hopper"
+    assert refusal(random_inputs(I=255, J=256, dtype=torch.bfloat16)) == "255 queries by 256 keys are fewer than 256"
+    assert refusal(random_inputs(I=256, J=256, D=64, dtype=torch.bfloat16)) == "D=64 is not in (16, 32)"
+
+
+COMPILE = """
+import subprocess, sys, tempfile, triton
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv, dqkv_choice
+
+def desc(kind, box, dtype):
+    return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+
+kernel = dqkv._triangle_attention_bwd_dqkv_hopper
+constants = dict(D=32, KEY_TERM=sys.argv[1], **vars(dqkv_choice.Shape()))
+types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32], gl.bfloat16) for name in ("q", "do", "k", "v")}
+types |= {"terms_desc": desc("bf16", [64, 16], gl.bfloat16), "words_desc": desc("i32", [64, 32], gl.int32)}
+types |= {f"{name}_ptr": "*bf16" for name in ("key", "dq", "dk", "dv")}
+types |= {"sums_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
+signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
+source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+# A version that any ptxas knows; the one of a cached compile may be of another.
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "ptx_version": 86})
+print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
+with tempfile.TemporaryDirectory() as folder:
+    ptx = Path(folder, "kernel.ptx")
+    ptx.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
+    subprocess.run(command, check=True, stderr=sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("key_term", ["none", "add"])
+def test_products_stay_asynchronous(key_term):
+    """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, key_term],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1]) >= 0
+    assert "serialized" not in done.stdout, done.stdout
+    # A few, outside the loop, with a key term.
+    assert int(re.search(r"(\d+) bytes spill stores", done.stdout)[1]) <= 32

@@ -1,0 +1,97 @@
+"""What stands around the Hopper kernel for dq, dk and dv, with that kernel written in torch: as it reads it."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from trifast_inductor.testing import Inputs, random_inputs
+
+pytest.importorskip("triton")
+from tests.kernels.test_backward import assert_gradients_within_budget
+from tests.kernels.test_lean_backward import CASES, draw, left_out
+from trifast_inductor.kernels.triangle_attention import backward, forward
+from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+
+LOG2E = math.log2(math.e)
+
+
+def in_torch(x: Inputs, columns: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+    """`_triangle_attention_bwd_dqkv_hopper`."""
+    B, R, I, H, _ = x.q.shape
+    q, k, v, do = (t.float() for t in (x.q, x.k, x.v, x.grad_out))
+    terms = columns.float().view(B, R, H, -1, 16)[:, :, :, :I]
+    qk = torch.einsum("brihd,brjhd->brhij", q, k) + terms[..., :3].sum(-1, keepdim=True)
+    key = None if x.key_bias is None else (x.key_bias.float() / x.scale).maximum(torch.tensor(-1e30))
+    if x.key_mask is not None:
+        key = torch.where(x.key_mask, -1e30, 0.0)
+    if key is not None:
+        qk += key[:, :, None, None]
+    p = torch.exp2(qk * (x.scale * LOG2E) + x.bias.float()[:, None] * LOG2E)
+    ds = p * (torch.einsum("brihd,brjhd->brhij", do, v) + terms[..., 6:9].sum(-1, keepdim=True))
+    p, ds = p.to(x.q.dtype).float(), ds.to(x.q.dtype).float()
+    gradients[0].copy_(torch.einsum("brhij,brjhd->brihd", ds, k) * x.scale)
+    gradients[1].copy_(torch.einsum("brhij,brihd->brjhd", ds, q) * x.scale)
+    gradients[2].copy_(torch.einsum("brhij,brihd->brjhd", p, do))
+
+
+@pytest.fixture
+def around(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[Inputs]]:
+    """Every call goes to the kernel in torch, for the inputs in this list."""
+    if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    inputs: list[Inputs] = []
+    for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
+        monkeypatch.setattr(lean, name, 1)
+    monkeypatch.setattr(lean.dqkv_choice, "refusal", lambda *_: None)
+    monkeypatch.setattr(lean.dbias_choice, "refusal", lambda *_: "not tested here")
+    monkeypatch.setattr(lean.hopper, "multiprocessors", lambda _: 2)  # far fewer programs than blocks
+    monkeypatch.setattr(lean.hopper, "attempt", lambda run, *given: run(*given))
+    monkeypatch.setattr(lean, "_dqkv_on_hopper", lambda *given: in_torch(inputs[0], *given[6::2]) or True)
+    backward._plans.clear()
+    yield inputs
+    backward._plans.clear()
+
+
+@pytest.mark.parametrize("of", [name for name in CASES if name != "no bias"])
+def test_special_rows_and_tiles(device, around, of):
+    x = CASES[of](device)
+    around.append(x)
+    assert_gradients_within_budget(x)
+
+
+def test_only_what_is_marked_is_done_again(device, around, monkeypatch):
+    """Zeros from the kernel stay, but in the two heads of a row that is wholly left out and in that of a far query."""
+    x = left_out(draw(device, R=4, H=2, I=70, J=66, key_term="additive"), 2, 0)
+    x.bias[0, 1, 3] -= 20000.0
+    monkeypatch.setattr(lean, "_dqkv_on_hopper", lambda *given: [t.zero_() for t in given[-1]] and True)
+    dq, dk, dv, _ = backward.launch(x.grad_out, *x.op[:6], *forward.launch(*x.op), *x.op[6:], False)
+    for gradient in (dq, dk, dv):
+        done = (gradient != 0).any(-1).any(2)[0]  # [R, H]
+        assert done.tolist() == [[False, True], [False, True], [True, True], [False, True]]
+
+
+def test_terms_of_queries(device):
+    x = random_inputs(B=2, R=3, I=70, J=66, H=2, D=16, dtype=torch.bfloat16, device=device)
+    x.bias[1, 0, 65] += 20000.0
+    out, row_max, row_sum = forward.launch(*x.op)
+    left = (*(torch.empty((*row_max.shape, 2), device=device) for _ in range(2)), torch.empty((2, 3, 2, 2)).int())
+    left = tuple(t.to(device) for t in left)
+    columns = QueryTerms(x.grad_out, x.scale)(x.grad_out, out, row_max, row_sum, left)
+    columns = columns.double().view(2, 3, 2, 128, 16)
+    logsum = row_max.double() * LOG2E + row_sum.double().log2()
+    delta = (out.double() * x.grad_out.double()).sum(-1).transpose(2, 3)
+    terms, sums, huge = left
+    torch.testing.assert_close(terms.double(), torch.stack((logsum, delta), -1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums.double(), torch.stack((row_max, row_sum.log2()), -1).double(), rtol=1e-6, atol=1e-6)
+    assert huge[1, :, 0].tolist() == [[0, 1]] * 3
+    assert huge.sum() == 3
+    close = {"rtol": 1e-6, "atol": 1e-5}
+    torch.testing.assert_close(columns[..., :70, :3].sum(-1), -logsum / (x.scale * LOG2E), **close)
+    torch.testing.assert_close(columns[..., :70, 6:9].sum(-1), -delta, **close)
+    assert (columns[..., :70, 3:6] == 1).all()
+    assert (columns[..., 9:] == 0).all()
+    assert (columns[..., 70:, :] == 0).all()
