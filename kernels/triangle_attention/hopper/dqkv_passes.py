@@ -16,7 +16,6 @@ from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.operands import leave_terms, load
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
-from trifast_inductor.kernels.triangle_attention.order import program_place
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 _TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=4, num_stages=1)
@@ -52,12 +51,17 @@ def _triangle_attention_bwd_query_terms(
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    # Heads innermost: those of a query lie side by side in memory.
     blocks = tl.cdiv(I, BLOCK_I)
-    b, r, h, block = program_place(blocks, R, H)
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    block = pid // H % blocks
+    row = (pid // (H * blocks)).to(tl.int64)
+    b = row // R
+    r = row % R
     first = (block * BLOCK_I).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
     in_range = i < I - first
-    row = b * R + r
     head = row * H + h
     do = load(
         do_ptr + b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi,
