@@ -1,8 +1,8 @@
 """A whole backward with the Hopper kernel for dq, dk and dv, and with the lean ones.
 
 `python docs/benchmarks/hopper_dqkv.py`, on a Hopper GPU, from a checkout; bfloat16, B=1, H=4, D=32. For each N and key
-term: milliseconds of both, the largest differences over the largest gradient, and at N=512 the kernels. "tail" leaves out
-the last tenth of the keys, "padding" that tenth of the rows wholly as well.
+term: milliseconds of both, the largest differences over the largest gradient, and at N=512 the kernels. "tail" leaves
+out the last tenth of the keys, "padding" that tenth of the rows wholly as well.
 """
 
 import functools

@@ -147,6 +147,26 @@ class Plan:
         self._dq_again = _Capped(marked._triangle_attention_bwd_dq_marked, programs, given, of_dq)
         self._dkdv_again = _Capped(marked._triangle_attention_bwd_dkdv_marked, programs, given, of_dkdv)
 
+    def _on_hopper(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        words: Tensor | None,
+        key: Tensor | None,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        left: tuple[Tensor, Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor],
+    ) -> bool | None:
+        """Whether dq, dk and dv are there, all but of heads that are marked; what it needed besides is free again."""
+        if self._query_terms is None:
+            return None
+        columns = self._query_terms(grad_out, out, row_max, row_sum, left)
+        return hopper.attempt(_dqkv_on_hopper, grad_out, q, k, v, words, key, columns, self._order[0], gradients)
+
     def __call__(
         self,
         grad_out: Tensor,
@@ -169,11 +189,7 @@ class Plan:
         rest = (key, *self._keys(key, loud), grad_out)
         for_dq = (q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
         for_dkdv = (q, k, v, by_j, *rest, *left, dk, dv)
-        done = None
-        if self._query_terms is not None:
-            columns = self._query_terms(grad_out, out, row_max, row_sum, left)
-            given = (grad_out, q, k, v, by_j, key, columns, self._order[0], (dq, dk, dv))
-            done = hopper.attempt(_dqkv_on_hopper, *given)
+        done = self._on_hopper(grad_out, q, k, v, by_j, key, out, row_max, row_sum, left, (dq, dk, dv))
         if done:
             heads = empty(self._marked_shape, torch.int32)
             self._list(left[2], rest[2], heads)
