@@ -17,7 +17,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choi
 if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
 from tests.kernels.test_backward import assert_gradients_within_budget, gradients
-from tests.kernels.test_lean_backward import CASES
+from tests.kernels.test_lean_backward import CASES, take_any_size
 from trifast_inductor.kernels.triangle_attention import backward
 from trifast_inductor.kernels.triangle_attention.hopper import dqkv
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
@@ -28,9 +28,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Any size goes to the kernel."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setattr(lean, "SHORTEST", 1)
-    monkeypatch.setattr(lean, "SHORTEST_WITH_KEY_TERM", 1)
-    monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
+    take_any_size(monkeypatch)
     monkeypatch.setattr(dqkv_choice, "_SHORTEST", 1)
     monkeypatch.setattr(choice, "_FEWEST_ITEMS", 1)
     backward._plans.clear()

@@ -11,7 +11,7 @@ from trifast_inductor.testing import Inputs, random_inputs
 
 pytest.importorskip("triton")
 from tests.kernels.test_backward import assert_gradients_within_budget
-from tests.kernels.test_lean_backward import CASES, draw, left_out
+from tests.kernels.test_lean_backward import CASES, draw, left_out, take_any_size
 from trifast_inductor.kernels.triangle_attention import backward, forward
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
@@ -44,8 +44,7 @@ def around(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
     if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     inputs: list[Inputs] = []
-    for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
-        monkeypatch.setattr(lean, name, 1)
+    take_any_size(monkeypatch)
     monkeypatch.setattr(lean.dqkv_choice, "refusal", lambda *_: None)
     monkeypatch.setattr(lean.dbias_choice, "refusal", lambda *_: "not tested here")
     monkeypatch.setattr(lean.hopper, "multiprocessors", lambda _: 2)  # far fewer programs than blocks

@@ -17,14 +17,18 @@ from trifast_inductor.kernels.triangle_attention import backward, forward
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 
 
+def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that the portable kernels would get otherwise go to the lean ones, too."""
+    for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
+        monkeypatch.setattr(lean, name, 1)
+
+
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """Sizes that the portable kernels would get otherwise; skips where the kernels cannot run at all."""
+    """Every size; skips where the kernels cannot run at all."""
     if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setattr(lean, "SHORTEST", 1)
-    monkeypatch.setattr(lean, "SHORTEST_WITH_KEY_TERM", 1)
-    monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
+    take_any_size(monkeypatch)
     backward._plans.clear()
     yield
     backward._plans.clear()

@@ -104,6 +104,15 @@ def copied_by_engine(t: Tensor) -> bool:
     return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(step > 0 and step % unit == 0 for step in steps)
 
 
+def gradient_refusal(grad_out: Tensor, q: Tensor) -> str | None:
+    """Why no kernel for the backward can read this gradient of the output, or None."""
+    if grad_out.dtype != q.dtype:
+        return f"the gradient of the output is {grad_out.dtype}, not {q.dtype}"
+    if not copied_by_engine(grad_out):
+        return "the gradient of the output has rows that are not dense or not on 16 bytes"
+    return None
+
+
 def refusal(
     q: Tensor,
     k: Tensor,

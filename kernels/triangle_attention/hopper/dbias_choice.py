@@ -68,10 +68,8 @@ def refusal(
     """Why only the portable kernel serves this call, or None where the Hopper one can."""
     if bias is None:
         return "there is no bias"
-    if grad_out.dtype != q.dtype:
-        return f"the gradient of the output is {grad_out.dtype}, not {q.dtype}"
-    if not choice.copied_by_engine(grad_out):
-        return "the gradient of the output has rows that are not dense or not on 16 bytes"
+    if (why := choice.gradient_refusal(grad_out, q)) is not None:
+        return why
     # Any dtype will do for the bias: it is read as it is.
     as_read = bias.to("meta").to(q.dtype)
     why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first)

@@ -410,7 +410,7 @@ def launch(
 
     Args:
         words: of the bias, `[j, i]`, as `lean/words.py` makes them.
-        terms: as `dqkv_passes.query_terms` makes them.
+        terms: as `dqkv_passes.QueryTerms` makes them.
     """
     B, R, I, H, D = q.shape
     J = k.shape[2]

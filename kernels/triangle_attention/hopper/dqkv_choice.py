@@ -37,8 +37,6 @@ def refusal(
         return f"D={q.shape[-1]} is not in {_HEADS}"
     if min(q.shape[2], k.shape[2]) < _SHORTEST:
         return f"{q.shape[2]} queries by {k.shape[2]} keys are fewer than {_SHORTEST}"
-    if grad_out.dtype != q.dtype:
-        return f"the gradient of the output is {grad_out.dtype}, not {q.dtype}"
-    if not choice.copied_by_engine(grad_out):
-        return "the gradient of the output has rows that are not dense or not on 16 bytes"
+    if (why := choice.gradient_refusal(grad_out, q)) is not None:
+        return why
     return choice.refusal(q, k, v, bias, key_mask, scale, fill, key_term_first, _SHORTEST)
