@@ -108,9 +108,8 @@ def call_of(name: str, g: Given) -> Callable[[], torch.Tensor]:
     log2_sum, delta = g.terms.unbind(3)
     terms = torch.stack((g.row_max / math.log(2) + log2_sum, delta), -1)
     sums = torch.stack((g.row_max, log2_sum), -1)
-    return lambda: dbias.launch(
-        x.grad_out, x.q, x.k, x.v, bias, x.key_bias, None, terms, sums, x.scale, x.fill, False, SHAPES[name]
-    )
+    plan = dbias.Plan(x.grad_out, *x.op, SHAPES[name])
+    return lambda: plan(x.grad_out, x.q, x.k, x.v, bias, x.key_bias, terms, sums)
 
 
 def error(g: Given, dbias: torch.Tensor) -> float:

@@ -62,6 +62,12 @@ def rows_are_aligned(*tensors: Tensor) -> bool:
     )
 
 
+def dense(t: Tensor) -> Tensor:
+    """The same values contiguous and from 16 bytes on, as a kernel's own results lie: a launch looks at neither."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def bias_is_aligned(bias: Tensor) -> bool:
     """Whether the kernels can read the rows of the bias as they lie: dense, starting and ending on 16 elements."""
     # 16 elements, not bytes: that is what Triton looks for in a stride.

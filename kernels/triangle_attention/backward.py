@@ -527,7 +527,7 @@ def launch(
         return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
     with on_device_of(q):
         key_term = key_bias if key_mask is None else key_mask
-        saved = (out.contiguous(), row_max.contiguous(), row_sum.contiguous())
+        saved = map(arguments.dense, (out, row_max, row_sum))
         return plan.lean(grad_out, q, k, v, bias, key_term, *saved)
 
 
@@ -564,7 +564,7 @@ def _run(
     if plan.is_empty:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
 
-    out, row_max, row_sum = out.contiguous(), row_max.contiguous(), row_sum.contiguous()
+    out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
     with on_device_of(q):
         if plan.portable is None:
             plan.portable = _Portable(*given)

@@ -8,6 +8,7 @@ Algorithm 1. The portable path: no layout, size or architecture is assumed beyon
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,9 +168,10 @@ class _Plan:
         self.statistics_shape = (B, R, H, I)
         self.has_no_keys = k.shape[2] == 0
         self.is_empty = self.has_no_keys or 0 in self.out_shape
-        self.on_hopper = (
-            not self.is_empty and hopper.refusal(q, k, v, bias, key_mask, scale, fill, key_term_first) is None
-        )
+        self.on_hopper: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        numbers = (scale, fill, key_term_first)
+        if not self.is_empty and hopper.refusal(q, k, v, bias, key_mask, *numbers) is None:
+            self.on_hopper = hopper.attempt(_planned_on_hopper, q, k, v, bias, key_bias, key_mask, *numbers)
         self.portable: _Portable | None = None  # once it is asked for
 
 
@@ -228,17 +230,18 @@ def launch(
     """
     given = (q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
     plan = _planned(*given)
-    if plan.on_hopper:
-        results = hopper.attempt(_on_hopper, *given)
+    if plan.on_hopper is not None:
+        with on_device_of(q):
+            results = hopper.attempt(plan.on_hopper, q, k, v, bias, key_bias, key_mask)
         if results is not None:
             return results
     return _run(plan, *given)
 
 
-def _on_hopper(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _planned_on_hopper(*given: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
 
-    return on_hopper.launch(*given)
+    return on_hopper.Plan(*given)
 
 
 def portable(

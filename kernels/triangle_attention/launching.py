@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from trifast_inductor.kernels.triangle_attention import tuning
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
@@ -41,57 +42,49 @@ class Launch:
     def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
         self._kernel = kernel
         self._grid = (programs, 1, 1)
-        values = {**arguments, **vars(tile)}
-        self._arguments = [values[name] for name in kernel.arg_names if not name.endswith("_ptr")]
+        values = {**vars(tile), **arguments}
+        self._arguments = [values[name] for name in kernel.arg_names if not name.endswith(("_ptr", "_desc"))]
         self._options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         self._run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self._run is not None:
-            self._run(*[None if t is None else t.data_ptr() for t in tensors], *self._arguments)
+            self._run(*self._handed(tensors), *self._arguments)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+        compiled = self._kernel[self._grid](*self._in_full(tensors), *self._arguments, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            self._run = compiled[self._grid]
+            self._run = _bound(compiled, self._grid)
+
+    def _in_full(self, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+        """What Triton is given to compile for."""
+        return tensors
+
+    def _handed(self, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+        """What the driver is given."""
+        return [None if t is None else t.data_ptr() for t in tensors]
 
 
-class Repeated:
-    """`kernel[grid]`, bound by Triton once for each set of values; later calls hand pointers to the driver.
+def _bound(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """`compiled[grid]` on the device that is current now, without what Triton prepares for listeners to launches."""
+    listened: Callable[..., None] = compiled[grid]
+    if not isinstance(compiled, CompiledKernel):
+        return listened
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    device = triton.runtime.driver.active.get_current_device()
+    current_stream = triton.runtime.driver.active.get_current_stream
+    knobs = triton.knobs.runtime
 
-    For launches that no plan holds. Takes all parameters in the kernel's order, its constants too; the first one is a
-    tensor, or the descriptor of one, on the device that is current.
-    """
+    def launch(*arguments: Any) -> None:
+        if _listens(knobs.launch_enter_hook) or _listens(knobs.launch_exit_hook):
+            listened(*arguments)
+        else:
+            run(*grid, current_stream(device), function, metadata, None, None, None, *arguments)
 
-    _LIMIT = 4096
+    return launch
 
-    def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
-        self._runs: dict[Signature, Callable[..., None]] = {}
 
-    def __call__(self, programs: int, *arguments: Any, **options: int) -> None:
-        device = getattr(arguments[0], "base", arguments[0]).get_device()
-        key: list[Hashable] = [programs, device, *options.values()]
-        passed: list[Any] = []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                pointer = argument.data_ptr()
-                key += (argument.dtype, pointer % 16 == 0)
-                passed.append(pointer)
-            else:
-                key.append(getattr(argument, "key", argument))  # of a descriptor its own
-                passed.append(argument)
-        signed = tuple(key)
-        run = self._runs.get(signed)
-        if run is not None:
-            run(*passed)
-            return
-        grid = (programs, 1, 1)
-        in_full = [argument.in_full() if hasattr(argument, "in_full") else argument for argument in arguments]
-        compiled = self._kernel[grid](*in_full, **options)
-        if compiled is not None:  # the interpreter compiles nothing
-            if len(self._runs) >= self._LIMIT:
-                self._runs.clear()
-            self._runs[signed] = compiled[grid]
+def _listens(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))
 
 
 class Plans(dict[Signature, T], Generic[T]):

@@ -133,3 +133,15 @@ def test_float32_follows_the_precision_of_torch(device, D):
 def test_offsets_past_2_to_the_31(far_inputs, near_inputs):
     for name, got, want in zip(NAMES, gradients(far_inputs), gradients(near_inputs), strict=True):
         assert torch.equal(got, want), name
+
+
+def test_results_of_the_forward_may_lie_anywhere(device):
+    """Off a boundary of 16 bytes, and not dense."""
+    x = random_inputs(R=3, I=17, J=20, D=16, dtype=torch.bfloat16, device=device)
+    saved = forward.launch(*x.op)
+    moved = [torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for t in saved]
+    moved[1] = saved[1].mT.contiguous().mT
+    for a, b in zip(
+        *(backward.launch(x.grad_out, *x.op[:6], *s, *x.op[6:], True) for s in (saved, moved)), strict=True
+    ):
+        assert torch.equal(a, b)

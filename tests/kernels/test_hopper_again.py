@@ -24,7 +24,8 @@ def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last)
     done = torch.zeros(row_sum.shape, dtype=torch.bool)
     row_sum[0, 0, 1, 100] = row_sum[0, 1, 0, 129] = float("nan")
     done[0, 0, 1, 64:128] = done[0, 1, 0, 128:] = True
-    again.launch(*x.op[:6], out, row_max, row_sum, *x.op[6:])
+    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    again.Again(*x.op)(x.q, x.k, x.v, x.bias, key, out, row_max, row_sum)
 
     exact = reference.forward(*x.to(torch.float64).op)
     rows = done.transpose(2, 3)
@@ -55,7 +56,7 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
     given[0, 0, 1, 8:15] = special  # in the other half of a word
     given = given.to(dtype).to(device)
     scale = 32**-0.5
-    x = _unpacked(bias.tiles(given, 1 / scale, 2, 4, 64, 64), dtype, 2, 2, 4).cpu()
+    x = _unpacked(bias.Tiles(given, 1 / scale, 2, 4, 64, 64)(given), dtype, 2, 2, 4).cpu()
 
     wanted = given[0].float().cpu() / scale
     close = wanted.abs() < 1e38
@@ -74,7 +75,8 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
 def test_key_terms_are_padded_and_flagged(device, select):
     key = torch.zeros(2, 3, 150, dtype=torch.uint8 if select else torch.bfloat16)
     key[0, 1, 7] = key[1, 2, 64] = key[1, 2, 149] = 1 if select else -3.0
-    terms, flags = bias.key_terms(key.mT.contiguous().mT.to(device), 0.25, 3, 64)
+    key = key.mT.contiguous().mT.to(device)
+    terms, flags = bias.KeyTerms(key, 0.25, 3, 64)(key)
     expected = torch.zeros(2, 3, 192)
     expected[0, 1, 7] = expected[1, 2, 64] = expected[1, 2, 149] = float("-inf") if select else -12.0
     assert torch.equal(terms.cpu().view(2, 3, 192), expected)

@@ -90,11 +90,12 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(device, monkeypatch, capl
     forward._plans.clear()
     monkeypatch.setattr(choice, "refusal", lambda *_: None)
     fails = mock.Mock(side_effect=RuntimeError("no such layout"))
-    monkeypatch.setattr(on_hopper, "launch", fails)
+    monkeypatch.setattr(on_hopper, "Plan", fails)
     with caplog.at_level(logging.WARNING):
         results = [forward.launch(*x.op) for _ in range(2)]
-    monkeypatch.setattr(on_hopper, "launch", mock.Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(on_hopper, "Plan", lambda *_: mock.Mock(side_effect=torch.OutOfMemoryError))
     monkeypatch.setattr(choice, "_broken", None)
+    forward._plans.clear()
     with pytest.raises(torch.OutOfMemoryError):
         forward.launch(*x.op)
     forward._plans.clear()
@@ -119,7 +120,8 @@ def hopper_gpu():
 def test_long_sequences_take_it(key_term, D):
     x = long_inputs("cuda", key_term=key_term, D=D)
     assert refusal(x) is None
-    with mock.patch.object(on_hopper, "launch", wraps=on_hopper.launch) as launched:
+    call = on_hopper.Plan.__call__
+    with mock.patch.object(on_hopper.Plan, "__call__", autospec=True, side_effect=call) as launched:
         out, row_max, row_sum = forward.launch(*x.op)
     assert launched.call_count == 1
     assert choice.gluon_refusal() is None
@@ -138,7 +140,8 @@ def test_gradients_of_long_sequences(key_term, D):
     x = long_inputs("cuda", R=32, I=520, J=512, key_term=key_term, D=D)
     in_eager, exact = results(eager, x), results(eager, x.to(torch.float64))
     saved = forward.launch(*x.op)
-    with mock.patch.object(dbias_on_hopper, "launch", wraps=dbias_on_hopper.launch) as launched:
+    call = dbias_on_hopper.Plan.__call__
+    with mock.patch.object(dbias_on_hopper.Plan, "__call__", autospec=True, side_effect=call) as launched:
         gradients = [backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True) for _ in range(2)]
     assert launched.call_count == 2
     assert choice.gluon_refusal() is None

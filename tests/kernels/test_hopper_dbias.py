@@ -38,10 +38,8 @@ def hopper() -> str:
 
 def launch(g: Given, shape: dbias_choice.Shape | None = None) -> torch.Tensor:
     x = g.x
-    return dbias.launch(
-        x.grad_out, x.q, x.k, x.v, x.bias, x.key_bias, x.key_mask, g.terms, g.sums,
-        x.scale, x.fill, x.key_term_first, shape,
-    )  # fmt: skip
+    plan = dbias.Plan(x.grad_out, *x.op, shape)
+    return plan(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums)
 
 
 @pytest.mark.gpu

@@ -42,12 +42,17 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
 
 def dbias(g: Given, group: int = 1000) -> Tensor:
     x = g.x
-    row_tiles, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    row_tiles, far = passes.RowTerms(x.grad_out)(x.grad_out, g.terms, g.sums)
     key_term = "add" if x.key_mask is None else "select"
-    keys = None if g.key is None else passes.key_terms(g.key, x.scale, key_term)
-    parts = rows_summed(g, row_tiles, keys, group)
-    shared = arguments.shared(*x.op)
-    return passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums, far, parts, shared)
+    keys = None if g.key is None else passes.KeyTerms(g.key, x.scale, key_term)(g.key)
+    return finished(g, far, rows_summed(g, row_tiles, keys, group))
+
+
+def finished(g: Given, far: Tensor, parts: Tensor) -> Tensor:
+    x = g.x
+    tensors = (x.grad_out, x.q, x.k, x.v, x.bias)
+    finish = passes.Finish(*tensors, parts.shape[0], arguments.shared(*x.op))
+    return finish(*tensors, g.key, g.terms, g.sums, far, parts)
 
 
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
@@ -79,13 +84,12 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     x.q[:, 1, 2] *= 1e5
     x.bias[..., 100, 130] = 45.0
     g = given(x)
-    _, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    _, far = passes.RowTerms(x.grad_out)(x.grad_out, g.terms, g.sums)
     expected = torch.zeros_like(far)
     expected[:, :, 0, 1] = 1
     assert torch.equal(far, expected)
     parts = torch.full((2, *x.bias.shape), 0.5, device=device)
-    shared = arguments.shared(*x.op)
-    actual = passes.finish(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums, far, parts, shared)
+    actual = finished(g, far, parts)
     other = torch.ones_like(x.bias, dtype=torch.bool)
     other[..., 2, :] = False
     other[..., 96:128, 128:] = False
@@ -103,7 +107,7 @@ def test_bits_tell_which_rows_have_a_key_term(device, key_term):
     key[...] = 0
     for r, j in ((0, 5), (31, 127), (32, 128), (69, 299), (69, 0)):
         key[:, r, j] = 1
-    _, bits = passes.key_terms(key, x.scale, "add" if x.key_mask is None else "select")
+    _, bits = passes.KeyTerms(key, x.scale, "add" if x.key_mask is None else "select")(key)
     expected = torch.zeros((1, 3, 3), dtype=torch.int64)
     for tile, r in ((0, 0), (0, 31), (1, 32), (2, 69), (0, 69)):
         expected[:, tile, r // 32] |= 1 << r % 32
@@ -114,7 +118,7 @@ def test_bits_tell_which_rows_have_a_key_term(device, key_term):
 def test_far_rows_are_listed_in_order(device, R):
     far = torch.rand((2, 1, 3, R), generator=torch.Generator().manual_seed(0)) < 0.3
     far[1, 0, 1] = False
-    rows = passes.far_rows(far.to(device, torch.int32)).cpu()
+    rows = passes.FarRows(tuple(far.shape))(far.to(device, torch.int32)).cpu()
     for listed, wanted in zip(rows.flatten(0, 2), far.flatten(0, 2), strict=True):
         assert listed[1 : 1 + int(listed[0])].tolist() == wanted.nonzero()[:, 0].tolist()
 
@@ -132,7 +136,7 @@ def test_queries_without_a_gradient_are_not_walked(device, key_term):
     x.grad_out[0, 2, 129, 1, 3] = 1.0
     g = given(x)
     g.row_sum[0, 3, 0, 5] = float("nan")
-    _, far = passes.row_terms(x.grad_out, g.terms, g.sums)
+    _, far = passes.RowTerms(x.grad_out)(x.grad_out, g.terms, g.sums)
     expected = torch.zeros_like(far)
     expected[0, 1, 1, 2] = 1  # of head 1, the second 128 queries, row 2
     expected[0, 0, 0, 3] = 1

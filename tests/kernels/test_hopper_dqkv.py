@@ -40,8 +40,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry a launch."""
     seen: list[int] = []
-    launch = dqkv._launch
-    monkeypatch.setattr(dqkv, "_launch", lambda *given, **options: (seen.append(1), launch(*given, **options)))
+    call = dqkv.Plan.__call__
+    monkeypatch.setattr(dqkv.Plan, "__call__", lambda *given: (seen.append(1), call(*given))[1])
     return seen
 
 

@@ -49,7 +49,7 @@ def around(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
     monkeypatch.setattr(lean.dbias_choice, "refusal", lambda *_: "not tested here")
     monkeypatch.setattr(lean.hopper, "multiprocessors", lambda _: 2)  # far fewer programs than blocks
     monkeypatch.setattr(lean.hopper, "attempt", lambda run, *given: run(*given))
-    monkeypatch.setattr(lean, "_dqkv_on_hopper", lambda *given: in_torch(inputs[0], *given[6::2]) or True)
+    monkeypatch.setattr(lean, "_planned_dqkv", lambda *_: lambda *given: in_torch(inputs[0], *given[6:]) or True)
     backward._plans.clear()
     yield inputs
     backward._plans.clear()
@@ -66,7 +66,7 @@ def test_only_what_is_marked_is_done_again(device, around, monkeypatch):
     """Zeros from the kernel stay, but in the two heads of a row that is wholly left out and in that of a far query."""
     x = left_out(draw(device, R=4, H=2, I=70, J=66, key_term="additive"), 2, 0)
     x.bias[0, 1, 3] -= 20000.0
-    monkeypatch.setattr(lean, "_dqkv_on_hopper", lambda *given: [t.zero_() for t in given[-1]] and True)
+    monkeypatch.setattr(lean, "_planned_dqkv", lambda *_: lambda *given: bool([t.zero_() for t in given[-1]]))
     dq, dk, dv, _ = backward.launch(x.grad_out, *x.op[:6], *forward.launch(*x.op), *x.op[6:], False)
     for gradient in (dq, dk, dv):
         done = (gradient != 0).any(-1).any(2)[0]  # [R, H]

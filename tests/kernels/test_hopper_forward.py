@@ -37,11 +37,13 @@ def hopper() -> str:
 
 def fixed_shift(x: Inputs, shape: choice.Shape | None = None):
     """The Gluon kernel alone: NaN in a row sum asks for the block to be computed again."""
-    return forward.fixed_shift(*x.op[:-2], shape)
+    q, k, v, bias, key_bias, key_mask, *_ = x.op
+    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+    return forward.Plan(*x.op, shape).fixed_shift(q, k, v, bias, key)
 
 
 def launch(x: Inputs, shape: choice.Shape | None = None):
-    return forward.launch(*x.op, shape)
+    return forward.Plan(*x.op, shape)(*x.op[:6])
 
 
 def as_projections(x: Inputs) -> Inputs:

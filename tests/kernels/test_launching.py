@@ -1,6 +1,7 @@
 """What is remembered between launches, and that it is forgotten where it must be."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 from trifast_inductor.testing import random_inputs
 
 pytest.importorskip("triton")
+from triton.compiler import CompiledKernel
+
 from trifast_inductor.kernels.triangle_attention import backward, forward, launching
+from trifast_inductor.kernels.triangle_attention.hopper import choice
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
@@ -70,57 +74,58 @@ def test_plans_do_not_grow_without_end():
     assert plans == {(plans._LIMIT,): plans._LIMIT}
 
 
-class Recorded:
-    """A kernel, and what Triton compiles of it: both write down what they are given."""
+class Compiled(CompiledKernel):
+    """What Triton compiles, without a GPU; writes down how it was launched."""
 
-    def __init__(self, *, compiles=True):
-        self.bound, self.ran, self._compiles = [], [], compiles
+    run = function = packed_metadata = None
+
+    def __init__(self):
+        self.ran = []
+        self.run = lambda *given: self.ran.append(given)
+        self.function, self.packed_metadata = "function", "metadata"
 
     def __getitem__(self, grid):
-        def bind(*arguments, **options):
-            self.bound.append((grid, arguments, options))
-            run = {grid: lambda *passed: self.ran.append(passed)}
-            return run if self._compiles else None
-
-        return bind
+        return lambda *given: self.ran.append(("listened to", *given))
 
 
-def test_a_repeated_launch_is_bound_once_for_each_set_of_values():
-    kernel = Recorded()
-    launch = launching.Repeated(kernel)
-    x, y = torch.zeros(8), torch.ones(8)
-    launch(3, x, None, 5, "add", num_warps=4)
-    launch(3, y, None, 5, "add", num_warps=4)
-    assert kernel.bound == [((3, 1, 1), (x, None, 5, "add"), {"num_warps": 4})]
-    assert kernel.ran == [(y.data_ptr(), None, 5, "add")]
-    others = [
-        (4, x, None, 5, "add"),
-        (3, x.half(), None, 5, "add"),
-        (3, x[1:], None, 5, "add"),  # another alignment
-        (3, x, x, 5, "add"),
-        (3, x, None, 6, "add"),
-        (3, x, None, 5, "select"),
-    ]
-    for n, other in enumerate(others, 2):
-        launch(*other, num_warps=4)
-        assert len(kernel.bound) == n
-    launch(3, x, None, 5, "add", num_warps=8)
-    assert len(kernel.bound) == len(others) + 2
+def test_nothing_is_prepared_for_listeners_but_where_there_are_some(monkeypatch):
+    driver = SimpleNamespace(get_current_device=lambda: 2, get_current_stream=lambda device: 70 + device)
+    monkeypatch.setattr(launching.triton.runtime.driver, "_active", driver)
+    compiled = Compiled()
+    launch = launching._bound(compiled, (3, 1, 1))
+    launch(5, None)
+    hook = launching.triton.knobs.runtime.launch_exit_hook
+    hook.add(print)
+    try:
+        launch(6)
+    finally:
+        hook.remove(print)
+    assert compiled.ran == [(3, 1, 1, 72, "function", "metadata", None, None, None, 5, None), ("listened to", 6)]
 
 
-def test_a_repeated_launch_of_the_interpreter_is_bound_each_time():
-    kernel = Recorded(compiles=False)
-    launch = launching.Repeated(kernel)
-    for _ in range(2):
-        launch(1, torch.zeros(2), num_warps=4)
-    assert len(kernel.bound) == 2
+class RecordedCopies(FakeKernel):
+    """A kernel some of whose tensors are copied in boxes."""
+
+    arg_names = ("x_desc", "y_ptr", "z_desc", "stride_x")
 
 
-def test_repeated_launches_do_not_grow_without_end():
-    launch = launching.Repeated(Recorded())
-    for n in range(launch._LIMIT + 1):
-        launch(1, torch.zeros(1), n, num_warps=4)
-    assert len(launch._runs) == 1
+@pytest.mark.skipif(choice.gluon_refusal() is not None, reason="no Gluon that fits")
+def test_a_described_tensor_is_walked_as_it_was_the_first_time():
+    from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+
+    kernel = RecordedCopies()
+    x, other, y = torch.zeros(1, 8, 64).half(), torch.ones(1, 8, 64).half(), torch.zeros(3)
+    launch = CopyingLaunch(kernel, 7, {"stride_x": 5}, 4, {"x_desc": (1, 4, 32), "z_desc": (4,)})
+    launch(x, y, None)
+    launch(other, y, None)
+    ((_, (described, *rest), options),) = kernel.compiled
+    assert (described.base is x, described.block_shape, described.strides) == (True, [1, 4, 32], [64, 64, 1])
+    assert rest == [y, None, 5]
+    assert options["num_warps"] == 4
+    ((_, (walked, *rest)),) = kernel.launched
+    assert (walked.base is other, walked.shape, walked.strides) == (True, [1, 8, 64], [64, 64, 1])
+    assert (walked.padding, walked.round_f32_to_tf32) == (described.padding, False)
+    assert rest == [y.data_ptr(), None, 5]
 
 
 def gradients_of(x):

@@ -9,7 +9,6 @@ programs as the GPU holds at once, each of which looks through every n-th block:
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
-from trifast_inductor.kernels.triangle_attention.launching import Plans, Repeated, on_device_of, signature
+from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     load_key_term,
@@ -142,15 +141,10 @@ def _triangle_attention_fwd_again(
                 tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)
 
 
-_launch = Repeated(_triangle_attention_fwd_again)
-# A bias whose heads lie innermost, as a Linear leaves them, is copied first: read two bytes at a time, a block takes
-# five times as long.
-_aligned: Plans[AlignedRows] = Plans()
 # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
 # a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
 _TILE = Tile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3)
 _PROGRAMS = 4  # of a multiprocessor: what its registers hold at D=32
-_REST = [name for name in _triangle_attention_fwd_again.arg_names if not name.endswith("_ptr")]
 
 
 def _programs(device: int) -> int:
@@ -158,33 +152,43 @@ def _programs(device: int) -> int:
     return _PROGRAMS * (multiprocessors(device) if device >= 0 else 1) - 1  # the interpreter has one
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key_bias: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    scale: float,
-    fill: float,
-    key_term_first: bool,
-) -> None:
+class Again:
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
-    B, R, I, H, _ = q.shape
-    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    options = {"num_warps": _TILE.num_warps, "num_stages": _TILE.num_stages}
-    with on_device_of(q):
-        rows = _aligned.of(signature(bias), bias, AlignedRows, (bias,))(bias)
-        values = {
-            **arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first),
-            **vars(_TILE),
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+    ) -> None:
+        B, R, I, H, _ = q.shape
+        # A bias whose heads lie innermost, as a Linear leaves them, is copied first: read two bytes at a time, a block
+        # takes five times as long.
+        self._aligned = AlignedRows(bias)
+        given = {
+            **arguments.shared(q, k, v, self._aligned(bias), key_bias, key_mask, scale, fill, key_term_first),
             **arguments.evenness(I, k.shape[2], _TILE),
             "B": B,
             "ALIGNED": arguments.rows_are_aligned(q, k, v),
         }
-        rest = [values[name] for name in _REST]
         programs = min(B * R * H * triton.cdiv(I, _TILE.BLOCK_I), _programs(q.get_device()))
-        _launch(programs, q, k, v, rows, key, out, row_max, row_sum, *rest, **options)
+        self._run = Launch(_triangle_attention_fwd_again, programs, given, _TILE)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+    ) -> None:
+        self._run(q, k, v, self._aligned(bias), key, out, row_max, row_sum)

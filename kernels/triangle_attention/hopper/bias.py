@@ -12,7 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention.launching import Repeated
+from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.tiling import Tile
+
+_TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -94,28 +98,47 @@ def _key_terms(
     tl.store(flags_ptr + stage, tl.max((key != 0).to(tl.int32), 0))
 
 
-_launch_tiles = Repeated(_bias_tiles)
-_launch_terms = Repeated(_key_terms)
+class Tiles:
+    """Makes, of a 16-bit bias times a factor, int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
+
+    def __init__(self, bias: Tensor, factor: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> None:
+        B, H, I, J = bias.shape
+        count = B * H * tiles_i * tiles_j
+        self._shape = (count * BLOCK_I, BLOCK_J // 2)
+        sizes = {"H": H, "I": I, "J": J, "tiles_i": tiles_i, "tiles_j": tiles_j, "factor": factor}
+        given = {**arguments.strides("", bias, "bhij"), **sizes}
+        self._make = Launch(_bias_tiles, count, given, Tile(BLOCK_I, BLOCK_J, num_warps=4, num_stages=1))
+
+    def __call__(self, bias: Tensor) -> Tensor:
+        words = torch.empty(self._shape, dtype=torch.int32, device=bias.device)
+        self._make(bias, words)
+        return words
 
 
-def tiles(bias: Tensor, factor: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> Tensor:
-    """A 16-bit bias times a factor, in int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
-    B, H, I, J = bias.shape
-    count = B * H * tiles_i * tiles_j
-    words = torch.empty((count * BLOCK_I, BLOCK_J // 2), dtype=torch.int32, device=bias.device)
-    _launch_tiles(count, bias, words, *bias.stride(), H, I, J, tiles_i, tiles_j, factor, BLOCK_I, BLOCK_J)
-    return words
-
-
-def key_terms(key: Tensor, scale: float, stages: int, STAGE_J: int) -> tuple[Tensor, Tensor]:
-    """Of a key term or mask `[B, R, J]`: float32 over the scale, flat; and 1 where some key of a stage has one.
+class KeyTerms:
+    """Makes, of a key term or mask `[B, R, J]`, float32 over the scale, flat; and 1 where some key of a stage has one.
 
     A fill, which lies so low that no row survives it, becomes minus infinity. There is a flag more than there are
     stages, since the kernel reads ahead.
     """
-    B, R, J = key.shape
-    terms = torch.empty(B * R * stages * STAGE_J, dtype=torch.float32, device=key.device)
-    flags = torch.empty(B * R * stages + 1, dtype=torch.int32, device=key.device)
-    select = key.dtype == torch.uint8
-    _launch_terms(B * R * stages, key, terms, flags, *key.stride(), R, J, stages, 1 / scale, select, STAGE_J)
-    return terms, flags
+
+    def __init__(self, key: Tensor, scale: float, stages: int, STAGE_J: int) -> None:
+        B, R, J = key.shape
+        programs = B * R * stages
+        self._terms, self._flags = programs * STAGE_J, programs + 1
+        given = {
+            **arguments.strides("", key, "brj"),
+            "R": R,
+            "J": J,
+            "stages": stages,
+            "inverse_scale": 1 / scale,
+            "SELECT": not key.is_floating_point(),
+            "STAGE_J": STAGE_J,
+        }
+        self._make = Launch(_key_terms, programs, given, _TILE)
+
+    def __call__(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        terms = torch.empty(self._terms, dtype=torch.float32, device=key.device)
+        flags = torch.empty(self._flags, dtype=torch.int32, device=key.device)
+        self._make(key, terms, flags)
+        return terms, flags

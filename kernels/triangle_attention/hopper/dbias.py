@@ -32,10 +32,9 @@ from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
-from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
-from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 
 TILE = gl.constexpr(dbias_choice.TILE)
 
@@ -195,9 +194,9 @@ def _triangle_attention_bwd_dbias_hopper(
     do_desc,
     k_desc,
     v_desc,
-    terms_desc,  # of `dbias_passes.row_terms`
-    key_desc,  # of `dbias_passes.key_terms`
-    key_bits_ptr,  # of `dbias_passes.key_terms`
+    terms_desc,  # of `dbias_passes.RowTerms`
+    key_desc,  # of `dbias_passes.KeyTerms`
+    key_bits_ptr,  # of `dbias_passes.KeyTerms`
     parts_ptr,  # [parts, B, H, I, J] contiguous, float32: the sums over groups of rows, not yet times exp(bias)
     B,
     R,
@@ -270,74 +269,80 @@ def _triangle_attention_bwd_dbias_hopper(
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
 
 
-_launch = Repeated(_triangle_attention_bwd_dbias_hopper)
+class Plan:
+    """dbias `[B, H, I, J]` in the dtype of the bias, contiguous, of calls that `dbias_choice.refusal` lets through."""
 
+    def __init__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        shape: Shape | None = None,
+    ) -> None:
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        shape = shape or shape_for(D)
+        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        key_term = "none" if key is None else ("add" if key_mask is None else "select")
+        tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
+        tiles = B * H * tiles_i * tiles_j
+        group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
+        parts = triton.cdiv(R, group)
+        self._parts_shape = (parts, B, H, I, J)
+        self._row_terms = passes.RowTerms(grad_out)
+        self._key_terms = None if key is None else passes.KeyTerms(key, scale, key_term)
+        given = {
+            "B": B,
+            "R": R,
+            "H": H,
+            "I": I,
+            "J": J,
+            "group": group,
+            "tiles_i": tiles_i,
+            "tiles_j": tiles_j,
+            "words": triton.cdiv(R, 32),
+            "scale": scale,
+            "D": D,
+            "KEY_TERM": key_term,
+            **vars(shape),
+            "REGISTERS": shape.REGISTERS,
+        }
+        rows_of_tile = (1, 1, dbias_choice.TILE, 1, D)
+        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": rows_of_tile for name in ("q", "do", "k", "v")}
+        boxes |= {"terms_desc": (8, 32), "key_desc": (8, 32)}
+        self._sum_rows = CopyingLaunch(_triangle_attention_bwd_dbias_hopper, parts * tiles, given, 4, boxes)
+        shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+        self._finish = passes.Finish(grad_out, q, k, v, bias, parts, shared)
 
-def launch(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key_bias: Tensor | None,
-    key_mask: Tensor | None,
-    terms: Tensor,
-    sums: Tensor,
-    scale: float,
-    fill: float,
-    key_term_first: bool,
-    shape: Shape | None = None,
-) -> Tensor:
-    """dbias `[B, H, I, J]` in the dtype of the bias, contiguous.
-
-    For calls that `dbias_choice.refusal` lets through and with at least one element.
-
-    Args:
-        terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ; with sums,
-            as `lean/dq.py` leaves them.
-        sums: `[B, R, H, I, 2]`, float32, contiguous: row maximum, and log2 of the row sum.
-    """
-    B, R, I, H, D = q.shape
-    J = k.shape[2]
-    shape = shape or shape_for(D)
-    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    key_term = "none" if key is None else ("add" if key_mask is None else "select")
-    tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
-    words = triton.cdiv(R, 32)
-    tiles = B * H * tiles_i * tiles_j
-    rows_of_tile = (1, 1, dbias_choice.TILE, 1, D)
-    group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
-    parts = torch.empty((triton.cdiv(R, group), B, H, I, J), dtype=torch.float32, device=q.device)
-    with on_device_of(q):
-        row_tiles, far = passes.row_terms(grad_out, terms, sums)
-        key_tiles, key_bits = (None, None) if key is None else passes.key_terms(key, scale, key_term)
-        _launch(
-            parts.shape[0] * tiles,
-            descriptor(q, rows_of_tile),
-            descriptor(grad_out, rows_of_tile),
-            descriptor(k, rows_of_tile),
-            descriptor(v, rows_of_tile),
-            descriptor(row_tiles, (8, 32)),
-            None if key_tiles is None else descriptor(key_tiles, (8, 32)),
-            key_bits,
-            parts,
-            B,
-            R,
-            H,
-            I,
-            J,
-            group,
-            tiles_i,
-            tiles_j,
-            words,
-            scale,
-            D,
-            key_term,
-            shape.COLUMNS,
-            shape.HALVES,
-            shape.STAGES,
-            shape.REGISTERS,
-            num_warps=4,
-        )
-        given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
-        return passes.finish(grad_out, q, k, v, bias, key, terms, sums, far, parts, given)
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        terms: Tensor,
+        sums: Tensor,
+    ) -> Tensor:
+        """
+        Args:
+            key: the key term, or the mask.
+            terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ; with sums,
+                as `lean/dq.py` leaves them.
+            sums: `[B, R, H, I, 2]`, float32, contiguous: row maximum, and log2 of the row sum.
+        """
+        if key is not None and not key.is_floating_point():
+            key = key.view(torch.uint8)
+        parts = torch.empty(self._parts_shape, dtype=torch.float32, device=q.device)
+        row_tiles, far = self._row_terms(grad_out, terms, sums)
+        key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
+        self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, key_bits, parts)
+        return self._finish(grad_out, q, k, v, bias, key, terms, sums, far, parts)

@@ -11,6 +11,8 @@ All of it is exact only while row_max is a number of some size and the bias not 
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
-from trifast_inductor.kernels.triangle_attention.launching import Repeated
+from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -29,6 +31,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     offset,
     probabilities,
 )
+from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 # At 4096 a shift is rounded by 2.4e-4, an eighth of what a probability in bfloat16 is.
 FAR = tl.constexpr(4096.0)
@@ -264,87 +267,99 @@ def _triangle_attention_bwd_dbias_finish(
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
 
-_launch_row_terms = Repeated(_triangle_attention_bwd_dbias_row_terms)
-_launch_key_terms = Repeated(_triangle_attention_bwd_dbias_key_terms)
-_launch_list_far = Repeated(_triangle_attention_bwd_dbias_list_far)
-_launch_finish = Repeated(_triangle_attention_bwd_dbias_finish)
-_FINISH_TAKES = [name for name in _triangle_attention_bwd_dbias_finish.arg_names if not name.endswith("_ptr")]
+_TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
 
 
-def row_terms(grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
-    B, R, H, I, _ = terms.shape
-    tiles_i, heads = triton.cdiv(I, 128), B * R * H
-    tiles = torch.empty((heads * tiles_i * 8, 32), dtype=torch.float32, device=terms.device)
-    far = torch.empty((B, H, tiles_i, R), dtype=torch.int32, device=terms.device)
-    _launch_row_terms(
-        triton.cdiv(heads, 4) * tiles_i,
-        grad_out,
-        terms,
-        sums,
-        tiles,
-        far,
-        *grad_out.stride()[:4],
-        heads,
-        R,
-        H,
-        I,
-        tiles_i,
-        grad_out.shape[4],
-        4,
-    )
-    return tiles, far
+class RowTerms:
+    """Makes shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
+
+    def __init__(self, grad_out: Tensor) -> None:
+        B, R, I, H, D = grad_out.shape
+        tiles_i, heads = triton.cdiv(I, 128), B * R * H
+        self._tiles_shape, self._far_shape = (heads * tiles_i * 8, 32), (B, H, tiles_i, R)
+        sizes = {"heads": heads, "R": R, "H": H, "I": I, "tiles_i": tiles_i, "D": D, "HEADS": 4}
+        given = {**arguments.strides("do", grad_out, "brihd"), **sizes}
+        programs = triton.cdiv(heads, 4) * tiles_i
+        self._make = Launch(_triangle_attention_bwd_dbias_row_terms, programs, given, _TILE)
+
+    def __call__(self, grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = torch.empty(self._tiles_shape, dtype=torch.float32, device=terms.device)
+        far = torch.empty(self._far_shape, dtype=torch.int32, device=terms.device)
+        self._make(grad_out, terms, sums, tiles, far)
+        return tiles, far
 
 
-def key_terms(key: Tensor, scale: float, key_term: str) -> tuple[Tensor, Tensor]:
-    """The key term over the scale in tiles `[B·R·tiles_j·8, 32]`, and a bit where a row has any in a tile."""
-    B, R, J = key.shape
-    tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
-    # The copy engine takes half a tile more than is used.
-    tiles = torch.empty((B * R * tiles_j * 8, 32), dtype=torch.float32, device=key.device)
-    bits = torch.empty((B, tiles_j, words), dtype=torch.int32, device=key.device)
-    strides = key.stride()
-    _launch_key_terms(bits.numel(), key, tiles, bits, *strides, R, J, tiles_j, words, scale, key_term, num_warps=8)
-    return tiles, bits
+class KeyTerms:
+    """Makes the key term over the scale in tiles `[B·R·tiles_j·8, 32]`, and a bit where a row has any in a tile."""
+
+    def __init__(self, key: Tensor, scale: float, key_term: str) -> None:
+        B, R, J = key.shape
+        tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
+        # The copy engine takes half a tile more than is used.
+        self._tiles_shape, self._bits_shape = (B * R * tiles_j * 8, 32), (B, tiles_j, words)
+        sizes = {"R": R, "J": J, "tiles_j": tiles_j, "words": words, "scale": scale, "KEY_TERM": key_term}
+        given = {**arguments.strides("", key, "brj"), **sizes}
+        tile = replace(_TILE, num_warps=8)
+        self._make = Launch(_triangle_attention_bwd_dbias_key_terms, B * tiles_j * words, given, tile)
+
+    def __call__(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = torch.empty(self._tiles_shape, dtype=torch.float32, device=key.device)
+        bits = torch.empty(self._bits_shape, dtype=torch.int32, device=key.device)
+        self._make(key, tiles, bits)
+        return tiles, bits
 
 
-def far_rows(far: Tensor) -> Tensor:
-    """`[B, H, tiles_i, R + 1]`: of each tile, in how many rows the last pass has a query, and in which, in order."""
-    R = far.shape[3]
-    rows = torch.empty((*far.shape[:3], R + 1), dtype=torch.int32, device=far.device)
-    _launch_list_far(rows.numel() // (R + 1), far, rows, R, 1024)
-    return rows
+class FarRows:
+    """Lists, `[B, H, tiles_i, R + 1]`: in how many rows the last pass has a query of a tile, and in which, in order."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        *tiles, R = shape
+        self._shape = (*tiles, R + 1)
+        given = {"R": R, "SEEN": 1024}
+        self._make = Launch(_triangle_attention_bwd_dbias_list_far, math.prod(tiles), given, _TILE)
+
+    def __call__(self, far: Tensor) -> Tensor:
+        rows = torch.empty(self._shape, dtype=torch.int32, device=far.device)
+        self._make(far, rows)
+        return rows
 
 
-def finish(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key: Tensor | None,
-    terms: Tensor,
-    sums: Tensor,
-    far: Tensor,
-    parts: Tensor,
-    given: dict[str, Any],
-) -> Tensor:
-    """dbias from the sums over groups of rows; `given` is of `arguments.shared`."""
-    B, H, I, J = bias.shape
-    dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    values = {
-        **given,
-        **arguments.strides("do", grad_out, "brihd"),
-        "B": B,
-        "parts": parts.shape[0],
-        "tiles_i": far.shape[2],
-        "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
-        # Small: there is mostly nothing to walk, and where there is, programs are many.
-        "BLOCK_I": 32,
-        "BLOCK_J": 64,
-    }
-    rest = [values[name] for name in _FINISH_TAKES]
-    programs = B * H * triton.cdiv(I, 32) * triton.cdiv(J, 64)
-    rows = far_rows(far)
-    _launch_finish(programs, q, k, v, bias, key, grad_out, terms, sums, rows, parts, dbias, *rest, num_warps=4)
-    return dbias
+class Finish:
+    """Makes dbias from sums over groups of rows, `parts` of them; `given` is of `arguments.shared`."""
+
+    # Small: there is mostly nothing to walk, and where there is, programs are many.
+    _TILE = Tile(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=3)
+
+    def __init__(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, parts: int, given: dict[str, Any]
+    ) -> None:
+        B, H, I, J = bias.shape
+        tiles_i = triton.cdiv(I, 128)
+        values = {
+            **given,
+            **arguments.strides("do", grad_out, "brihd"),
+            "B": B,
+            "parts": parts,
+            "tiles_i": tiles_i,
+            "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
+        }
+        programs = B * H * triton.cdiv(I, self._TILE.BLOCK_I) * triton.cdiv(J, self._TILE.BLOCK_J)
+        self._rows = FarRows((B, H, tiles_i, q.shape[1]))
+        self._run = Launch(_triangle_attention_bwd_dbias_finish, programs, values, self._TILE)
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        terms: Tensor,
+        sums: Tensor,
+        far: Tensor,
+        parts: Tensor,
+    ) -> Tensor:
+        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+        self._run(q, k, v, bias, key, grad_out, terms, sums, self._rows(far), parts, dbias)
+        return dbias

@@ -36,11 +36,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choice
-from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
-from trifast_inductor.kernels.triangle_attention.launching import Repeated
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
 BLOCKS = gl.constexpr(2)  # of keys, a partition each
@@ -392,62 +392,54 @@ def _triangle_attention_bwd_dqkv_hopper(
     # fmt: on
 
 
-_launch = Repeated(_triangle_attention_bwd_dqkv_hopper)
+class Plan:
+    """dq, dk and dv of calls that `dqkv_choice.refusal` lets through; what is marked is wrong."""
 
+    def __init__(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, scale: float) -> None:
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        self._key_is_mask = key is not None and not key.is_floating_point()
+        tiles_i, tiles_j = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
+        items = B * R * H
+        programs = min(items, choice.multiprocessors(q.get_device()))
+        self._sums_shape = (programs, tiles_i, SIDE.value, D)
+        given = {
+            **arguments.strides("key_", key, "brj"),
+            "R": R,
+            "H": H,
+            "I": I,
+            "J": J,
+            "tiles_i": tiles_i,
+            "tiles_j": tiles_j,
+            "groups_j": triton.cdiv(tiles_j, BLOCKS.value),
+            "items": items,
+            "scale": scale,
+            "D": D,
+            "KEY_TERM": "none" if key is None else "select" if self._key_is_mask else "add",
+            **vars(dqkv_choice.Shape()),
+        }
+        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "do", "k", "v")}
+        boxes |= {"terms_desc": (SIDE.value, 16), "words_desc": (SIDE.value, SIDE.value // 2)}
+        self._run = CopyingLaunch(_triangle_attention_bwd_dqkv_hopper, programs, given, 4, boxes)
 
-def launch(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    words: Tensor,
-    key: Tensor | None,
-    terms: Tensor,
-    scale: float,
-    gradients: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """dq, dk and dv into `gradients`, for calls that `dqkv_choice.refusal` lets through; what is marked is wrong.
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        words: Tensor,
+        key: Tensor | None,
+        terms: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor],
+    ) -> bool:
+        """Writes into `gradients`; True.
 
-    Args:
-        words: of the bias, `[j, i]`, as `lean/words.py` makes them.
-        terms: as `dqkv_passes.QueryTerms` makes them.
-    """
-    B, R, I, H, D = q.shape
-    J = k.shape[2]
-    shape = dqkv_choice.Shape()
-    tiles_i, tiles_j = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
-    items = B * R * H
-    programs = min(items, choice.multiprocessors(q.get_device()))
-    sums = torch.empty((programs, tiles_i, SIDE.value, D), dtype=torch.float32, device=q.device)
-    is_mask = key is not None and not key.is_floating_point()
-    rows = (1, 1, SIDE.value, 1, D)
-    _launch(
-        programs,
-        descriptor(q, rows),
-        descriptor(grad_out, rows),
-        descriptor(k, rows),
-        descriptor(v, rows),
-        descriptor(terms, (SIDE.value, 16)),
-        descriptor(words.view(-1, SIDE.value // 2), (SIDE.value, SIDE.value // 2)),
-        key.view(torch.uint8) if key is not None and is_mask else key,
-        sums,
-        *gradients,
-        *((0, 0, 0) if key is None else key.stride()),
-        R,
-        H,
-        I,
-        J,
-        tiles_i,
-        tiles_j,
-        triton.cdiv(tiles_j, BLOCKS.value),
-        items,
-        scale,
-        D,
-        "none" if key is None else "select" if is_mask else "add",
-        shape.STAGES,
-        shape.KV_STAGES,
-        shape.DS_STAGES,
-        shape.REGISTERS,
-        shape.DQ_REGISTERS,
-        num_warps=4,
-    )
+        Args:
+            words: of the bias, `[j, i]`, as `lean/words.py` makes them.
+            terms: as `dqkv_passes.QueryTerms` makes them.
+        """
+        sums = torch.empty(self._sums_shape, dtype=torch.float32, device=q.device)
+        key = key.view(torch.uint8) if key is not None and self._key_is_mask else key
+        self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), key, sums, *gradients)
+        return True

@@ -29,11 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
-from trifast_inductor.kernels.triangle_attention.hopper.descriptors import descriptor
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
-from trifast_inductor.kernels.triangle_attention.launching import Repeated, on_device_of
 
 
 @gluon.jit
@@ -98,8 +97,8 @@ def _triangle_attention_fwd_hopper(
     q_desc,
     k_desc,
     v_desc,
-    words_desc,  # of `bias.tiles`
-    terms_desc,  # of `bias.key_terms`, as is what follows
+    words_desc,  # of `bias.Tiles`
+    terms_desc,  # of `bias.KeyTerms`, as is what follows
     flags_ptr,
     out_ptr,  # [B, R, I, H, D] contiguous
     row_max_ptr,  # [B, R, H, I] contiguous
@@ -194,79 +193,80 @@ def _triangle_attention_fwd_hopper(
     # fmt: on
 
 
-_launch = Repeated(_triangle_attention_fwd_hopper)
-_CONSTANTS = _triangle_attention_fwd_hopper.arg_names[_triangle_attention_fwd_hopper.arg_names.index("D") :]
+class Plan:
+    """What a call launches that `choice.refusal` lets through and that has at least one element.
 
-
-def fixed_shift(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key_bias: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-    shape: Shape | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `launch` gives but for the rows for which a fixed shift is no good: their row sum is NaN."""
-    B, R, I, H, D = q.shape
-    J = k.shape[2]
-    shape = shape or shape_for(D)
-    BLOCK_I, STAGE_J = 16 * shape.NUM_WARPS, shape.TILES * shape.BLOCK_J
-    row_groups, groups = triton.cdiv(R, shape.ROWS), triton.cdiv(I, shape.BLOCKS * BLOCK_I)
-    stages = triton.cdiv(J, STAGE_J)
-    items = B * row_groups * H * groups
-    out = torch.empty((B, R, I, H, D), dtype=q.dtype, device=q.device)
-    row_max = torch.empty((B, R, H, I), dtype=torch.float32, device=q.device)
-    row_sum = torch.empty_like(row_max)
-    key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    with on_device_of(q):
-        words = bias_pass.tiles(
-            bias, 1 / scale, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I=BLOCK_I, BLOCK_J=shape.BLOCK_J
-        )
-        terms, flags = (None, None) if key is None else bias_pass.key_terms(key, scale, stages, STAGE_J)
-        programs = multiprocessors(q.get_device())
-        _launch(
-            min(items, programs),
-            descriptor(q, (1, 1, BLOCK_I, 1, D)),
-            descriptor(k, (1, 1, STAGE_J, 1, D)),
-            descriptor(v, (1, 1, STAGE_J, 1, D)),
-            descriptor(words, (BLOCK_I, shape.BLOCK_J // 2)),
-            None if terms is None else descriptor(terms, (STAGE_J,)),
-            flags,
-            out,
-            row_max,
-            row_sum,
-            R,
-            H,
-            I,
-            row_groups,
-            groups,
-            stages,
-            items,
-            scale,
-            *[{**vars(shape), "D": D, "HAS_KEY_TERM": key is not None}[name] for name in _CONSTANTS],
-            num_warps=shape.NUM_WARPS,
-        )
-    return out, row_max, row_sum
-
-
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key_bias: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float,
-    fill: float,
-    key_term_first: bool,
-    shape: Shape | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As the portable `launch`, for calls that `choice.refusal` lets through and with at least one element.
-
-    The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
+    The arguments are those of the portable `launch`.
     """
-    out, row_max, row_sum = fixed_shift(q, k, v, bias, key_bias, key_mask, scale, shape)
-    again.launch(q, k, v, bias, key_bias, key_mask, out, row_max, row_sum, scale, fill, key_term_first)
-    return out, row_max, row_sum
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        shape: Shape | None = None,
+    ) -> None:
+        B, R, I, H, D = q.shape
+        shape = shape or shape_for(D)
+        BLOCK_I, BLOCK_J, STAGE_J = 16 * shape.NUM_WARPS, shape.BLOCK_J, shape.TILES * shape.BLOCK_J
+        row_groups, groups = triton.cdiv(R, shape.ROWS), triton.cdiv(I, shape.BLOCKS * BLOCK_I)
+        stages = triton.cdiv(k.shape[2], STAGE_J)
+        items = B * row_groups * H * groups
+        self._shape, self._statistics_shape = (B, R, I, H, D), (B, R, H, I)
+        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        self._words = bias_pass.Tiles(bias, 1 / scale, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I, BLOCK_J)
+        self._key_terms = None if key is None else bias_pass.KeyTerms(key, scale, stages, STAGE_J)
+        given = {
+            "R": R,
+            "H": H,
+            "I": I,
+            "row_groups": row_groups,
+            "groups": groups,
+            "stages": stages,
+            "items": items,
+            "scale": scale,
+            "D": D,
+            "HAS_KEY_TERM": key is not None,
+            **vars(shape),
+        }
+        keys = (1, 1, STAGE_J, 1, D)
+        boxes = {
+            "q_desc": (1, 1, BLOCK_I, 1, D),
+            "k_desc": keys,
+            "v_desc": keys,
+            "words_desc": (BLOCK_I, BLOCK_J // 2),
+            "terms_desc": (STAGE_J,),
+        }
+        programs = min(items, multiprocessors(q.get_device()))
+        self._attend = CopyingLaunch(_triangle_attention_fwd_hopper, programs, given, shape.NUM_WARPS, boxes)
+        self._again = again.Again(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+
+    def fixed_shift(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The results but for rows for which a fixed shift is no good: their row sum is NaN."""
+        out = torch.empty(self._shape, dtype=q.dtype, device=q.device)
+        row_max = torch.empty(self._statistics_shape, dtype=torch.float32, device=q.device)
+        row_sum = torch.empty_like(row_max)
+        words = self._words(bias)
+        terms, flags = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
+        self._attend(q, k, v, words, terms, flags, out, row_max, row_sum)
+        return out, row_max, row_sum
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_bias: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the portable `launch`, on the device that is current.
+
+        The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
+        """
+        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        out, row_max, row_sum = self.fixed_shift(q, k, v, bias, key)
+        self._again(q, k, v, bias, key, out, row_max, row_sum)
+        return out, row_max, row_sum

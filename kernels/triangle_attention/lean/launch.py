@@ -1,5 +1,6 @@
 """Which backward calls these kernels take, and their launches."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -68,17 +69,16 @@ class _Capped(Launch):
             self._options["maxnreg"] = tile.maxnreg
 
 
-def _dbias_on_hopper(*given: Any) -> Tensor:
+def _planned_dbias(*given: Any) -> Callable[..., Tensor]:
     from trifast_inductor.kernels.triangle_attention.hopper import dbias
 
-    return dbias.launch(*given)
+    return dbias.Plan(*given)
 
 
-def _dqkv_on_hopper(*given: Any) -> bool:
+def _planned_dqkv(*given: Any) -> Callable[..., bool]:
     from trifast_inductor.kernels.triangle_attention.hopper import dqkv
 
-    dqkv.launch(*given)
-    return True
+    return dqkv.Plan(*given)
 
 
 class Plan:
@@ -112,21 +112,23 @@ class Plan:
         programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
         self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
-        self._query_terms: QueryTerms | None = None
-        if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, scale, fill, key_term_first) is None:
+        numbers = (scale, fill, key_term_first)
+        self._dqkv_on_hopper: Callable[..., bool] | None = None
+        if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
+            key = key_bias if key_mask is None else key_mask
+            self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
             self._query_terms = QueryTerms(grad_out, scale)
             self._redo(B * R * H, q, given, tile)
-        self._dbias_is_on_hopper = False
-        self._order = (scale, fill, key_term_first)
-        self._key_is_mask = key_mask is not None
+        self._dbias_on_hopper: Callable[..., Tensor] | None = None
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
         self._dbias_shape: tuple[int, ...] = (0,)
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)
-        refused = dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *self._order)
-        self._dbias_is_on_hopper = refused is None
+        if dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
+            tensors = (grad_out, q, k, v, bias, key_bias, key_mask)
+            self._dbias_on_hopper = hopper.attempt(_planned_dbias, *tensors, *numbers)
         programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
@@ -162,10 +164,10 @@ class Plan:
         gradients: tuple[Tensor, Tensor, Tensor],
     ) -> bool | None:
         """Whether dq, dk and dv are there, all but of heads that are marked; what it needed besides is free again."""
-        if self._query_terms is None:
+        if self._dqkv_on_hopper is None:
             return None
         columns = self._query_terms(grad_out, out, row_max, row_sum, left)
-        return hopper.attempt(_dqkv_on_hopper, grad_out, q, k, v, words, key, columns, self._order[0], gradients)
+        return hopper.attempt(self._dqkv_on_hopper, grad_out, q, k, v, words, key, columns, gradients)
 
     def __call__(
         self,
@@ -198,10 +200,8 @@ class Plan:
         else:
             self._dq(*for_dq)
             self._dkdv(*for_dkdv)
-        if self._dbias_is_on_hopper:
-            key_term = (None, key) if self._key_is_mask else (key, None)
-            given = (grad_out, q, k, v, bias, *key_term, terms, row_sums, *self._order)
-            dbias = hopper.attempt(_dbias_on_hopper, *given)
+        if self._dbias_on_hopper is not None:
+            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, terms, row_sums)
             if dbias is not None:
                 return dq, dk, dv, dbias
         sums_of_ds = empty(self._dbias_shape)
