@@ -11,10 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
-from trifast_inductor.kernels.triangle_attention import op
+from trifast_inductor.kernels.triangle_attention import op, tuning
+from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.testing import KEY_TERMS, random_inputs, results
 
 INSIDE = "TRIFAST_UNDER_SANITIZER"
@@ -22,28 +25,37 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def launches() -> int:
-    """Forward and backward over the grid; how many."""
+    """Forward and backward over a grid for the portable kernels and, on a Hopper GPU, one for its own; how many."""
     count = 0
     for dtype, N, D in itertools.product((torch.bfloat16, torch.float32), (16, 33, 64, 100), (16, 32, 128)):
         key_term = KEY_TERMS[count % len(KEY_TERMS)]
-        x = random_inputs(
-            B=1,
-            R=5,
-            I=N,
-            J=N + 7 * (count % 2),
-            H=2,
-            D=D,
-            dtype=dtype,
-            device="cuda",
-            key_term=key_term,
-            key_term_first=count % 3 == 0,
-            has_bias=count % 5 != 0,
-        )
-        found = results(lambda *arguments: op.triangle_attention(*arguments)[0], x)
-        torch.cuda.synchronize()
-        assert all(t.isfinite().all() for t in found.values()), (dtype, N, D, key_term)
+        _launch(dtype, N, N + 7 * (count % 2), D, key_term, key_term_first=count % 3 == 0, has_bias=count % 5 != 0)
         count += 1
+    if torch.cuda.get_device_capability() != (9, 0):
+        return count
+    _let_any_size_through()
+    for dtype, D, key_term in itertools.product((torch.bfloat16, torch.float16), (16, 32, 64), KEY_TERMS):
+        _launch(dtype, 130 + count % 3, 200 + count % 2, D, key_term)
+        count += 1
+    if (why := choice.gluon_refusal()) is not None:
+        raise RuntimeError(why)
     return count
+
+
+def _launch(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options: Any) -> None:
+    x = random_inputs(B=1, R=5, I=I, J=J, H=2, D=D, dtype=dtype, device="cuda", key_term=key_term, **options)
+    found = results(lambda *arguments: op.triangle_attention(*arguments)[0], x)
+    torch.cuda.synchronize()
+    assert all(t.isfinite().all() for t in found.values()), (dtype, I, J, D, key_term)
+
+
+def _let_any_size_through() -> None:
+    """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
+    lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
+    choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._SHORTEST = 1
+    # `refusal` has it as a default.
+    choice.refusal.__defaults__ = (1,)
+    tuning.changed()
 
 
 def main() -> int:
