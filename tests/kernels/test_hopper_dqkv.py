@@ -111,7 +111,7 @@ constants = dict(D=32, KEY_TERM=sys.argv[1], **vars(dqkv_choice.Shape()))
 types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32], gl.bfloat16) for name in ("q", "do", "k", "v")}
 types |= {"terms_desc": desc("bf16", [64, 16], gl.bfloat16), "words_desc": desc("i32", [64, 32], gl.int32)}
 types |= {f"{name}_ptr": "*bf16" for name in ("key", "dq", "dk", "dv")}
-types |= {"sums_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
+types |= {"listed_ptr": "*i32", "sums_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
 signature = {name: types.get(name, "i32") for name in kernel.arg_names}
 aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
 source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)

@@ -15,11 +15,12 @@ from tests.kernels.test_lean_backward import CASES, draw, left_out, take_any_siz
 from trifast_inductor.kernels.triangle_attention import backward, forward
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.kernels.triangle_attention.lean import marked
 
 LOG2E = math.log2(math.e)
 
 
-def in_torch(x: Inputs, columns: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
+def in_torch(x: Inputs, columns: Tensor, listed: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
     """`_triangle_attention_bwd_dqkv_hopper`."""
     B, R, I, H, _ = x.q.shape
     q, k, v, do = (t.float() for t in (x.q, x.k, x.v, x.grad_out))
@@ -36,6 +37,12 @@ def in_torch(x: Inputs, columns: Tensor, gradients: tuple[Tensor, Tensor, Tensor
     gradients[0].copy_(torch.einsum("brhij,brjhd->brihd", ds, k) * x.scale)
     gradients[1].copy_(torch.einsum("brhij,brihd->brjhd", ds, q) * x.scale)
     gradients[2].copy_(torch.einsum("brhij,brihd->brjhd", p, do))
+    count, *heads = listed.tolist()
+    assert sorted(heads) == list(range(B * R * H))
+    assert heads[count:] == sorted(heads[count:], reverse=True)
+    for head in heads[:count]:
+        for gradient in gradients:
+            gradient[head // (R * H), head // H % R, :, head % H] = math.nan
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_special_rows_and_tiles(device, around, of):
     assert_gradients_within_budget(x)
 
 
-def test_only_what_is_marked_is_done_again(device, around, monkeypatch):
+def test_only_what_is_marked_is_done_after(device, around, monkeypatch):
     """Zeros from the kernel stay, but in the two heads of a row that is wholly left out and in that of a far query."""
     x = left_out(draw(device, R=4, H=2, I=70, J=66, key_term="additive"), 2, 0)
     x.bias[0, 1, 3] -= 20000.0
@@ -71,6 +78,20 @@ def test_only_what_is_marked_is_done_again(device, around, monkeypatch):
     for gradient in (dq, dk, dv):
         done = (gradient != 0).any(-1).any(2)[0]  # [R, H]
         assert done.tolist() == [[False, True], [False, True], [True, True], [False, True]]
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_list_of_heads(device, share):
+    """More heads than are looked at together; each is listed once, in order."""
+    huge = (torch.rand((1250, 2, 3), device=device) < share).int()
+    spans = torch.zeros((1250, 2), dtype=torch.int32, device=device)
+    spans[700, 1] = 1
+    listed = torch.empty(2501, dtype=torch.int32, device=device)
+    marked._triangle_attention_bwd_list_marked[(1,)](huge, spans, listed, 2500, 2, 3, KEY_TERM="add", SEEN=1024)
+    expected = ((huge.sum(-1) > 0) | (spans[:, 1:] > 0)).flatten().cpu()
+    count, *heads = listed.tolist()
+    assert heads[:count] == expected.nonzero()[:, 0].tolist()
+    assert heads[count:][::-1] == (~expected).nonzero()[:, 0].tolist()
 
 
 def test_terms_of_queries(device):

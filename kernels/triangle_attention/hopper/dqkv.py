@@ -19,7 +19,7 @@ differs from column to column of a tile. It is summed by the products instead: w
 operand has ones, and `dqkv_passes.py` has left -L / (scale·log2(e)) and -δ of each query, in three bfloat16 each, which
 is all 24 bits. The key term goes the same way, the other way round.
 
-Where this is not sound the head of the row is marked, and `lean/marked.py` does it again.
+Where this is not sound the head of the row is marked: it is left out here, and `lean/marked.py` does it.
 Source of the roles: Shah et al. 2024 (FlashAttention-3), section 3.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -49,6 +49,13 @@ LEFT_OUT = gl.constexpr(-1e30)
 
 
 @gluon.jit
+def _item(listed_ptr, n, items, heads):
+    """The n-th head of a row to do, and the last one for any n past the end."""
+    # With none to do, this reads the last place of the list and the loop is empty.
+    return gl.load(listed_ptr + heads - gl.maximum(gl.minimum(n, items - 1), 0))
+
+
+@gluon.jit
 def _place(item, R, H):
     """Heads innermost: those of a row lie side by side in memory."""
     return item // (R * H), item // H % R, item % H
@@ -69,13 +76,16 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
     """The loading warp: keys of an item, and its queries tile by tile, as far ahead of the others as there is room."""
     (
         q_desc, do_desc, k_desc, v_desc, terms_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem,
-        words_smem, full, empty, kv_full, kv_empty, R, H, tiles_i, tiles_j, groups_j, items,
+        words_smem, full, empty, kv_full, kv_empty, listed_ptr, R, H, tiles_i, tiles_j, groups_j, items, heads,
     ) = shared  # fmt: skip
     slot = 0
     phase = 1
     kv_slot = 0
     kv_phase = 1
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    after = _item(listed_ptr, gl.program_id(0), items, heads)
+    for turn in range(gl.program_id(0), items, gl.num_programs(0)):
+        item = after
+        after = _item(listed_ptr, turn + gl.num_programs(0), items, heads)
         b, r, h = _place(item, R, H)
         for group in range(groups_j):
             mbarrier.wait(kv_empty.index(kv_slot), kv_phase)
@@ -164,8 +174,8 @@ def _walk(
     """dk and dv of one block of keys of one row, for each group of keys of each item of the program."""
     (
         q_smem, do_smem, k_smem, v_smem, terms_smem, words_smem, ds_smem, left_smem, full, empty, kv_full, kv_empty,
-        ds_full, ds_empty, key_ptr, dk_ptr, dv_ptr, stride_key_b, stride_key_r, stride_key_j, R, H, J, tiles_i,
-        groups_j, items, scale,
+        ds_full, ds_empty, listed_ptr, key_ptr, dk_ptr, dv_ptr, stride_key_b, stride_key_r, stride_key_j, R, H, J,
+        tiles_i, groups_j, items, heads, scale,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = q_smem.dtype
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
@@ -176,9 +186,9 @@ def _walk(
     factor = scale * LOG2E
     OF_X: gl.constexpr = gl.DotOperandLayout(0, X, 2)
     left_smem_of_logits = left_smem.index(WHICH)
-    left_smem.index(BLOCKS).store(_left_of_dp(LEFT))
+    left_smem.index(BLOCKS + WHICH).store(_left_of_dp(LEFT))
     barrier()
-    left_of_dp = left_smem.index(BLOCKS).load(OF_X)
+    left_of_dp = left_smem.index(BLOCKS + WHICH).load(OF_X)
 
     slot = 0
     phase = 0
@@ -186,8 +196,10 @@ def _walk(
     kv_phase = 0
     ds_slot = 0
     ds_phase = 1
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, r, h = _place(item, R, H)
+    after = _item(listed_ptr, gl.program_id(0), items, heads)
+    for turn in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, r, h = _place(after, R, H)
+        after = _item(listed_ptr, turn + gl.num_programs(0), items, heads)
         for group in range(groups_j):
             j = (group * BLOCKS + WHICH) * SIDE + gl.arange(0, SIDE, layout=gl.SliceLayout(1, LEFT))
             key = gl.zeros([SIDE], gl.float32, gl.SliceLayout(1, LEFT))
@@ -267,8 +279,8 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
     A thread reads only what it wrote itself, so a sum needs no barrier and is loaded before its ds is there.
     """
     (
-        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr, R, H, I, tiles_i, groups_j, items,
-        scale,
+        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, listed_ptr, sums_ptr, dq_ptr, R, H, I, tiles_i, groups_j,
+        items, heads, scale,
     ) = shared  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -280,8 +292,8 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
     kv_phase = 0
     ds_slot = 0
     ds_phase = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, r, h = _place(item, R, H)
+    for turn in range(gl.program_id(0), items, gl.num_programs(0)):
+        b, r, h = _place(_item(listed_ptr, turn, items, heads), R, H)
         for group in range(groups_j):
             mbarrier.wait(kv_full.index(kv_slot), kv_phase)
             for tile in range(tiles_i):
@@ -309,7 +321,7 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
 
 
 # Compiled once for all lengths.
-@gluon.jit(do_not_specialize=["R", "H", "I", "J", "tiles_i", "tiles_j", "groups_j", "items"])
+@gluon.jit(do_not_specialize=["R", "H", "I", "J", "tiles_i", "tiles_j", "groups_j", "heads"])
 def _triangle_attention_bwd_dqkv_hopper(
     q_desc,
     do_desc,
@@ -317,6 +329,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     v_desc,
     terms_desc,  # of `dqkv_passes`
     words_desc,  # of `lean/words.py`, [j, i]
+    listed_ptr,  # of `lean/marked.py`: marked heads, which are left out, and from the end backwards all others
     key_ptr,
     sums_ptr,  # [programs, blocks of queries, 64, D] contiguous, float32; not read before it is written
     dq_ptr,  # [B, R, I, H, D] contiguous
@@ -332,7 +345,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     tiles_i,  # of 64 queries
     tiles_j,  # of 64 keys
     groups_j,  # of BLOCKS tiles of keys
-    items,  # B·R·H
+    heads,  # B·R·H
     scale,
     D: gl.constexpr,
     KEY_TERM: gl.constexpr,
@@ -343,6 +356,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     DQ_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
+    items = heads - gl.load(listed_ptr)
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, SIDE, 1, D], q_desc.layout)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, SIDE, 1, D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [KV_STAGES * BLOCKS, 1, 1, SIDE, 1, D], k_desc.layout)
@@ -351,7 +365,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     words_smem = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCKS, SIDE, SIDE // 2], words_desc.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES * BLOCKS, SIDE, SIDE], DS)
-    left_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCKS + 1, SIDE, 16], gl.NVMMASharedLayout(32, 16, rank=2))
+    left_smem = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCKS, SIDE, 16], gl.NVMMASharedLayout(32, 16, rank=2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
@@ -371,16 +385,16 @@ def _triangle_attention_bwd_dqkv_hopper(
     barrier()
     to_copy = (
         q_desc, do_desc, k_desc, v_desc, terms_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem,
-        words_smem, full, empty, kv_full, kv_empty, R, H, tiles_i, tiles_j, groups_j, items,
+        words_smem, full, empty, kv_full, kv_empty, listed_ptr, R, H, tiles_i, tiles_j, groups_j, items, heads,
     )  # fmt: skip
     to_walk = (
         q_smem, do_smem, k_smem, v_smem, terms_smem, words_smem, ds_smem, left_smem, full, empty, kv_full, kv_empty,
-        ds_full, ds_empty, key_ptr, dk_ptr, dv_ptr, stride_key_b, stride_key_r, stride_key_j, R, H, J, tiles_i,
-        groups_j, items, scale,
+        ds_full, ds_empty, listed_ptr, key_ptr, dk_ptr, dv_ptr, stride_key_b, stride_key_r, stride_key_j, R, H, J,
+        tiles_i, groups_j, items, heads, scale,
     )  # fmt: skip
     to_sum = (
-        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, sums_ptr, dq_ptr, R, H, I, tiles_i, groups_j, items,
-        scale,
+        k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, listed_ptr, sums_ptr, dq_ptr, R, H, I, tiles_i, groups_j,
+        items, heads, scale,
     )  # fmt: skip
     # fmt: off
     gl.warp_specialize([
@@ -393,15 +407,15 @@ def _triangle_attention_bwd_dqkv_hopper(
 
 
 class Plan:
-    """dq, dk and dv of calls that `dqkv_choice.refusal` lets through; what is marked is wrong."""
+    """dq, dk and dv of calls that `dqkv_choice.refusal` lets through; not of heads that are marked."""
 
     def __init__(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, scale: float) -> None:
         B, R, I, H, D = q.shape
         J = k.shape[2]
         self._key_is_mask = key is not None and not key.is_floating_point()
         tiles_i, tiles_j = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
-        items = B * R * H
-        programs = min(items, choice.multiprocessors(q.get_device()))
+        heads = B * R * H
+        programs = min(heads, choice.multiprocessors(q.get_device()))
         self._sums_shape = (programs, tiles_i, SIDE.value, D)
         given = {
             **arguments.strides("key_", key, "brj"),
@@ -412,7 +426,7 @@ class Plan:
             "tiles_i": tiles_i,
             "tiles_j": tiles_j,
             "groups_j": triton.cdiv(tiles_j, BLOCKS.value),
-            "items": items,
+            "heads": heads,
             "scale": scale,
             "D": D,
             "KEY_TERM": "none" if key is None else "select" if self._key_is_mask else "add",
@@ -431,6 +445,7 @@ class Plan:
         words: Tensor,
         key: Tensor | None,
         terms: Tensor,
+        listed: Tensor,
         gradients: tuple[Tensor, Tensor, Tensor],
     ) -> bool:
         """Writes into `gradients`; True.
@@ -438,8 +453,9 @@ class Plan:
         Args:
             words: of the bias, `[j, i]`, as `lean/words.py` makes them.
             terms: as `dqkv_passes.QueryTerms` makes them.
+            listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
         sums = torch.empty(self._sums_shape, dtype=torch.float32, device=q.device)
         key = key.view(torch.uint8) if key is not None and self._key_is_mask else key
-        self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), key, sums, *gradients)
+        self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), listed, key, sums, *gradients)
         return True

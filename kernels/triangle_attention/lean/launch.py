@@ -118,7 +118,7 @@ class Plan:
             key = key_bias if key_mask is None else key_mask
             self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
             self._query_terms = QueryTerms(grad_out, scale)
-            self._redo(B * R * H, q, given, tile)
+            self._do_marked(B * R * H, q, given, tile)
         self._dbias_on_hopper: Callable[..., Tensor] | None = None
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
@@ -138,16 +138,16 @@ class Plan:
             self._parts_shape = (groups, *self._dbias_shape)
             self._sum = sums.sum_of(B * H * I * J, groups)
 
-    def _redo(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> None:
-        """What does again the heads that the Hopper kernel for dq, dk and dv cannot do."""
+    def _do_marked(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> None:
+        """What does the heads that the Hopper kernel for dq, dk and dv cannot do."""
         of_list = {**given, "heads": heads, "SEEN": 1024}
         programs = marked.PROGRAMS * hopper.multiprocessors(q.get_device())
         self._marked_shape = (heads + 1,)
         self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, tile.dq)
         # What is kept over the loop of blocks wants registers, too.
         of_dq, of_dkdv = (replace(each, maxnreg=168) for each in (tile.dq, tile.dkdv))
-        self._dq_again = _Capped(marked._triangle_attention_bwd_dq_marked, programs, given, of_dq)
-        self._dkdv_again = _Capped(marked._triangle_attention_bwd_dkdv_marked, programs, given, of_dkdv)
+        self._dq_of_marked = _Capped(marked._triangle_attention_bwd_dq_marked, programs, given, of_dq)
+        self._dkdv_of_marked = _Capped(marked._triangle_attention_bwd_dkdv_marked, programs, given, of_dkdv)
 
     def _on_hopper(
         self,
@@ -157,17 +157,21 @@ class Plan:
         v: Tensor,
         words: Tensor | None,
         key: Tensor | None,
+        spans: Tensor | None,
         out: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
         left: tuple[Tensor, Tensor, Tensor],
         gradients: tuple[Tensor, Tensor, Tensor],
-    ) -> bool | None:
-        """Whether dq, dk and dv are there, all but of heads that are marked; what it needed besides is free again."""
+    ) -> Tensor | None:
+        """The heads that are marked, if dq, dk and dv of all others are there; what it needed besides is free again."""
         if self._dqkv_on_hopper is None:
             return None
         columns = self._query_terms(grad_out, out, row_max, row_sum, left)
-        return hopper.attempt(self._dqkv_on_hopper, grad_out, q, k, v, words, key, columns, gradients)
+        marked = torch.empty(self._marked_shape, dtype=torch.int32, device=q.device)
+        self._list(left[2], spans, marked)
+        given = (grad_out, q, k, v, words, key, columns, marked, gradients)
+        return marked if hopper.attempt(self._dqkv_on_hopper, *given) else None
 
     def __call__(
         self,
@@ -191,12 +195,10 @@ class Plan:
         rest = (key, *self._keys(key, loud), grad_out)
         for_dq = (q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
         for_dkdv = (q, k, v, by_j, *rest, *left, dk, dv)
-        done = self._on_hopper(grad_out, q, k, v, by_j, key, out, row_max, row_sum, left, (dq, dk, dv))
-        if done:
-            heads = empty(self._marked_shape, torch.int32)
-            self._list(left[2], rest[2], heads)
-            self._dq_again(heads, *for_dq)
-            self._dkdv_again(heads, *for_dkdv)
+        marked = self._on_hopper(grad_out, q, k, v, by_j, key, rest[2], out, row_max, row_sum, left, (dq, dk, dv))
+        if marked is not None:
+            self._dq_of_marked(marked, *for_dq)
+            self._dkdv_of_marked(marked, *for_dkdv)
         else:
             self._dq(*for_dq)
             self._dkdv(*for_dkdv)

@@ -1,4 +1,4 @@
-"""The heads that `hopper/dqkv.py` cannot do, done again: its kernels' list of them, and dq, dk and dv of each.
+"""The heads that `hopper/dqkv.py` cannot do and leaves out: the list of them, and dq, dk and dv of each.
 
 A head of a row is marked where one of its queries is huge, or its key terms are, as `operands.py` and `keys.py` say.
 """
@@ -17,7 +17,7 @@ PROGRAMS = 3  # of each kernel, to a multiprocessor: as many as fit
 def _triangle_attention_bwd_list_marked(
     huge_ptr,  # [heads, flags]
     spans_ptr,  # [rows, 2]
-    marked_ptr,  # how many, and which
+    marked_ptr,  # how many, and which; from the end backwards, those that are not
     heads,  # B·R·H
     H,
     flags,
@@ -33,7 +33,9 @@ def _triangle_attention_bwd_list_marked(
         if KEY_TERM != "none":
             marked |= tl.load(spans_ptr + head // H * 2 + 1, mask=head < heads, other=0)
         marked = (marked != 0).to(tl.int32)
-        tl.store(marked_ptr + count + tl.cumsum(marked, 0), head, mask=marked != 0)
+        so_far = count + tl.cumsum(marked, 0)
+        place = tl.where(marked != 0, so_far, heads - (head - so_far))
+        tl.store(marked_ptr + place, head, mask=head < heads)
         count += tl.sum(marked, 0)
     tl.store(marked_ptr, count)
 
