@@ -74,10 +74,10 @@ def search(name: str, training: bool, until: float) -> str:
         try:
             peaks[N] = attempt(name, N, training)
             fits = N
-        except torch.OutOfMemoryError:
-            too_large = N
         except Exception as error:
-            return f"{fits or ''} | {type(error).__name__} at N={N}: {str(error).strip().splitlines()[0][:80]}"
+            if "out of memory" not in str(error):  # as torch's allocator and the driver both say
+                return f"{fits or ''} | {type(error).__name__} at N={N}: {str(error).strip().splitlines()[0][:80]}"
+            too_large = N
         gc.collect()
         torch.cuda.empty_cache()
         N = min(max(_guess(peaks, room) // STEP * STEP, fits + STEP), too_large - STEP)

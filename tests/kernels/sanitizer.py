@@ -91,15 +91,18 @@ def main() -> int:
 
 
 def _judged(report: str) -> int:
-    """1 if racecheck found what is neither of two things that Triton's own code does, which are counted."""
+    """1 if racecheck found what is neither of two things that Triton's own code does, which are counted.
+
+    It does not follow the barriers between the warps of a program and those that wait for a partition.
+    """
     ours, apart = [], Counter[str]()
     for block in report.split("Race reported between ")[1:]:
         found = re.findall(r"(Read|Write) access at (\w+)\+(0x[0-9a-f]+) in \S+:(\d+)", block)
-        (kind, kernel, offset, line), *others = found
+        (kind, kernel, offset, _), *others = found
         if all((kind, offset) == ("Write", other[2]) == (other[0], offset) for other in others):
             apart["threads that hold the same element write it, by one instruction"] += 1
-        elif kind == "Read" and {int(each[3]) for each in found} <= _lines_of_dispatch(kernel, int(line)):
-            apart["warps that wait for a partition read its number, others write it"] += 1
+        elif {int(each[3]) for each in found} <= _lines_of_dispatch(kernel):
+            apart["warps that wait for a partition are handed its number and what it is given"] += 1
         else:
             ours.append(block.strip())
     print("\n".join(ours))
@@ -110,11 +113,8 @@ def _judged(report: str) -> int:
     return int(bool(ours))
 
 
-def _lines_of_dispatch(kernel: str, reader: int) -> set[int]:
-    """Of a Gluon kernel: that of its name, which code gets that has no line, and the statement of `warp_specialize`.
-
-    None unless the reader is the first of them.
-    """
+def _lines_of_dispatch(kernel: str) -> set[int]:
+    """Of a Gluon kernel: that of its name, which code gets that has no line, and the statement of `warp_specialize`."""
     for path in Path(choice.__file__).parent.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if f"def {kernel}(" in lines:
@@ -122,7 +122,7 @@ def _lines_of_dispatch(kernel: str, reader: int) -> set[int]:
             dispatch = next(n for n in range(head, len(lines)) if "gl.warp_specialize(" in lines[n])
             while lines[dispatch].startswith("        "):
                 dispatch -= 1
-            return {head + 1, dispatch + 1} if reader == head + 1 else set()
+            return {head + 1, dispatch + 1}
     return set()
 
 
