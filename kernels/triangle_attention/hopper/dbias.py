@@ -290,27 +290,21 @@ class Plan:
         J = k.shape[2]
         shape = shape or shape_for(D)
         key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-        key_term = "none" if key is None else ("add" if key_mask is None else "select")
+        shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
         tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
         tiles = B * H * tiles_i * tiles_j
         group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
         parts = triton.cdiv(R, group)
         self._parts_shape = (parts, B, H, I, J)
         self._row_terms = passes.RowTerms(grad_out)
-        self._key_terms = None if key is None else passes.KeyTerms(key, scale, key_term)
+        self._key_terms = None if key is None else passes.KeyTerms(key, scale, shared["KEY_TERM"])
         given = {
+            **shared,
             "B": B,
-            "R": R,
-            "H": H,
-            "I": I,
-            "J": J,
             "group": group,
             "tiles_i": tiles_i,
             "tiles_j": tiles_j,
             "words": triton.cdiv(R, 32),
-            "scale": scale,
-            "D": D,
-            "KEY_TERM": key_term,
             **vars(shape),
             "REGISTERS": shape.REGISTERS,
         }
@@ -318,7 +312,6 @@ class Plan:
         boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": rows_of_tile for name in ("q", "do", "k", "v")}
         boxes |= {"terms_desc": (8, 32), "key_desc": (8, 32)}
         self._sum_rows = CopyingLaunch(_triangle_attention_bwd_dbias_hopper, parts * tiles, given, 4, boxes)
-        shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
         self._finish = passes.Finish(grad_out, q, k, v, bias, parts, shared)
 
     def __call__(
