@@ -86,7 +86,7 @@ def _triangle_attention_fwd(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
+    b, r, h, block = program_place(tl.program_id(0), tl.cdiv(I, BLOCK_I), R, H)
     first = block * BLOCK_I
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)

@@ -10,12 +10,11 @@ GROUP_R = tl.constexpr(32)
 
 
 @triton.jit
-def program_place(blocks, R, H):
-    """(b, r, h, block) of this program: head outermost, then groups of rows, then blocks, rows innermost.
+def program_place(pid, blocks, R, H):
+    """(b, r, h, block) of program `pid`: head outermost, then groups of rows, then blocks, rows innermost.
 
     Neighbours share a bias tile; the programs of one group share k and v of its rows.
     """
-    pid = tl.program_id(0)
     head = pid // (blocks * R)
     within_head = pid % (blocks * R)
     first_row = within_head // (blocks * GROUP_R) * GROUP_R

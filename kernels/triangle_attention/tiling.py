@@ -160,14 +160,15 @@ def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: i
     return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
 
 
-def dbias_groups(R: int, programs: int) -> int:
+def dbias_groups(R: int, programs: int, beside_others: bool = False) -> int:
     """Into how many groups of rows dbias is split when one group takes this many programs.
 
     A group costs a float32 copy of dbias. On an H200 (132 multiprocessors, 2 to 4 programs each) at N=256 six groups
-    took 0.075 ms, two 0.141; at N=512 0.452 and 0.570. A GPU that is nearly empty wants more, shorter ones.
+    took 0.075 ms, two 0.141; at N=512 0.452 and 0.570. A GPU that is nearly empty wants more, shorter ones, as does
+    one that has dq, dk and dv to do beside them.
     """
-    shortest = 16 if programs < 64 else 40
-    return max(1, min(R // shortest, -(-1536 // programs)))
+    shortest = (8 if beside_others else 16) if programs < 64 else 40
+    return max(1, min(R // shortest, -(-(256 if beside_others else 1536) // programs)))
 
 
 def _clip(block: int, length: int) -> int:

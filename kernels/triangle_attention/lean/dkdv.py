@@ -222,7 +222,7 @@ def _triangle_attention_bwd_dkdv_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    b, r, h, block = program_place(tl.cdiv(J, BLOCK_J), R, H)
+    b, r, h, block = program_place(tl.program_id(0), tl.cdiv(J, BLOCK_J), R, H)
     dkdv_of_block(
         b,
         r,

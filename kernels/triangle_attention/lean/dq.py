@@ -223,7 +223,7 @@ def _triangle_attention_bwd_dq_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    b, r, h, block = program_place(tl.cdiv(I, BLOCK_I), R, H)
+    b, r, h, block = program_place(tl.program_id(0), tl.cdiv(I, BLOCK_I), R, H)
     dq_of_block(
         b,
         r,
