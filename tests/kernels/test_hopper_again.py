@@ -36,6 +36,49 @@ def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last)
         assert (tensor[kept] == 7).all()
 
 
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+@pytest.mark.parametrize("special", ["none", "large bias", "NaN in the bias", "large k", "one key seen", "small term"])
+def test_rows_without_a_key(device, special, key_term, key_term_first):
+    """As eager has them: uniform where every logit is lost beside the term, and not where one is not."""
+    x = random_inputs(
+        R=2,
+        I=70,
+        J=70,
+        H=2,
+        D=16,
+        dtype=torch.bfloat16,
+        device=device,
+        key_term=key_term,
+        key_term_first=key_term_first,
+    )
+    value = -300.0 if special == "small term" else -1e9
+    if x.key_mask is None:
+        x.key_bias[:] = value
+    else:
+        x.key_mask[:] = True
+        x = replace(x, fill=value)
+    if special == "large bias":
+        x.bias[..., 3, 5] = 3e8
+    elif special == "NaN in the bias":
+        x.bias[..., 3, 5] = float("nan")
+    elif special == "large k":
+        x.k[:, :, 5] = 1e4
+    elif special == "one key seen":
+        (x.key_bias if x.key_mask is None else x.key_mask)[..., 66] = 0
+    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    out = torch.full((1, 2, 70, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
+    row_max = torch.full((1, 2, 2, 70), 7.0, device=device)
+    row_sum = torch.full_like(row_max, float("nan"))
+    again.Again(*x.op)(x.q, x.k, x.v, x.bias, key, out, row_max, row_sum)
+
+    of_reference = reference.forward(*x.to(torch.float32).op)
+    torch.testing.assert_close(out.float(), of_reference[0], rtol=2e-2, atol=2e-2, equal_nan=True)
+    torch.testing.assert_close(row_sum, of_reference[2], rtol=1e-4, atol=1e-4, equal_nan=True)
+    is_number = row_sum == row_sum
+    torch.testing.assert_close(row_max[is_number], of_reference[1][is_number], rtol=1e-4, atol=1e-4)
+
+
 def _unpacked(words: torch.Tensor, dtype: torch.dtype, heads: int, tiles_i: int, tiles_j: int) -> torch.Tensor:
     """`[heads, I, J]` in float32 as the kernel reads it, of tiles of 64 by 64."""
     words = words.view(heads, tiles_i, tiles_j, 4, 4, 8, 4, 2, 2)  # 16 columns, warp, lane, rows 8 apart, two columns

@@ -38,6 +38,7 @@ def in_torch(x: Inputs, columns: Tensor, listed: Tensor, gradients: tuple[Tensor
     gradients[1].copy_(torch.einsum("brhij,brihd->brjhd", ds, q) * x.scale)
     gradients[2].copy_(torch.einsum("brhij,brihd->brjhd", p, do))
     count, *heads = listed.tolist()
+    heads[:count] = [entry // 2 for entry in heads[:count]]
     assert sorted(heads) == list(range(B * R * H))
     assert heads[count:] == sorted(heads[count:], reverse=True)
     for head in heads[:count]:
@@ -80,17 +81,43 @@ def test_only_what_is_marked_is_done_after(device, around, monkeypatch):
         assert done.tolist() == [[False, True], [False, True], [True, True], [False, True]]
 
 
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+@pytest.mark.parametrize("seen", [0, 1])
+def test_uniform_heads(device, around, monkeypatch, key_term, key_term_first, seen):
+    """A row that is wholly left out needs no logits; a row of which one key is seen, or one query is not lost, does."""
+    x = left_out(
+        draw(device, R=4, H=2, I=70, J=130, key_term=key_term, key_term_first=key_term_first), slice(1, 3), seen
+    )
+    x.bias[0, 1, 3, :60] = 1e8
+    around.append(x)
+    listed: list[Tensor] = []
+    monkeypatch.setattr(
+        lean,
+        "_planned_dqkv",
+        lambda *_: lambda *given: bool(listed.append(given[-2])) or in_torch(x, *given[6:]) or True,
+    )
+    assert_gradients_within_budget(x)
+    count, *entries = listed[0].tolist()
+    uniform = [entry // 2 for entry in entries[:count] if entry % 2]
+    # The bias of the second head brings one query back, but not from the fill, which is the least float32.
+    expected = [2, 4] if key_term == "additive" else [2, 3, 4, 5]
+    assert uniform == ([] if seen else expected)
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 1])
 def test_list_of_heads(device, share):
     """More heads than are looked at together; each is listed once, in order."""
     huge = (torch.rand((1250, 2, 3), device=device) < share).int()
+    huge *= torch.randint(1, 3, huge.shape, device=device, dtype=torch.int32)
     spans = torch.zeros((1250, 2), dtype=torch.int32, device=device)
     spans[700, 1] = 1
     listed = torch.empty(2501, dtype=torch.int32, device=device)
     marked._triangle_attention_bwd_list_marked[(1,)](huge, spans, listed, 2500, 2, 3, KEY_TERM="add", SEEN=1024)
     expected = ((huge.sum(-1) > 0) | (spans[:, 1:] > 0)).flatten().cpu()
+    uniform = (huge == 2).all(-1).flatten().cpu()
     count, *heads = listed.tolist()
-    assert heads[:count] == expected.nonzero()[:, 0].tolist()
+    assert heads[:count] == [2 * head + int(uniform[head]) for head in expected.nonzero()[:, 0].tolist()]
     assert heads[count:][::-1] == (~expected).nonzero()[:, 0].tolist()
 
 
@@ -100,7 +127,7 @@ def test_terms_of_queries(device):
     out, row_max, row_sum = forward.launch(*x.op)
     left = (*(torch.empty((*row_max.shape, 2), device=device) for _ in range(2)), torch.empty((2, 3, 2, 2)).int())
     left = tuple(t.to(device) for t in left)
-    columns = QueryTerms(x.grad_out, x.scale)(x.grad_out, out, row_max, row_sum, left)
+    columns = QueryTerms(x.grad_out, 66, x.scale)(x.grad_out, out, row_max, row_sum, left)
     columns = columns.double().view(2, 3, 2, 128, 16)
     logsum = row_max.double() * LOG2E + row_sum.double().log2()
     delta = (out.double() * x.grad_out.double()).sum(-1).transpose(2, 3)

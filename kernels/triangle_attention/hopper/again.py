@@ -4,6 +4,9 @@
 its keys are masked, or there is a NaN or an infinity among its inputs. Everything is read as the portable kernel
 reads it, so what comes out is what that one would give.
 
+A block whose keys all have one term, beside which any logit of it is lost in rounding, needs no logits: its output is
+the mean of v. So it is in a row of padding that is filled with -1e9.
+
 Mostly there is nothing to do, and where there is, it lies together (the rows of the padding). So there are as many
 programs as the GPU holds at once, each of which looks through every n-th block: neighbours go to different ones.
 """
@@ -29,6 +32,9 @@ from trifast_inductor.kernels.triangle_attention.logits import (
 )
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
+# A number smaller than this times another is lost when it is added to that one in float32, rounded to nearest.
+ROUNDED_AWAY = tl.constexpr(2.0**-25)
+
 
 @triton.jit
 def _unsound(row_sum_ptr, block, blocks, last, I, BLOCK_I: tl.constexpr):
@@ -38,6 +44,84 @@ def _unsound(row_sum_ptr, block, blocks, last, I, BLOCK_I: tl.constexpr):
     sums = tl.load(row_sum_ptr + (block // blocks).to(tl.int64)[:, None] * I + i, mask=in_range, other=0.0)
     bit = tl.max((sums != sums).to(tl.int32), 1) << tl.arange(0, 32)
     return tl.sum(bit, 0)
+
+
+@triton.jit
+def _only_value(key_ptr, stride_j, J, fill, KEY_TERM: tl.constexpr, BLOCK_J: tl.constexpr):
+    """What all keys of a row have added to their logits, or get instead: NaN where it is not one number."""
+    lowest = float("inf")
+    highest = float("-inf")
+    for start in range(0, J, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key = load_key_term(key_ptr, j, j < J, stride_j, KEY_TERM)
+        if KEY_TERM == "select":
+            key = tl.where(key, tl.cast(fill, tl.float32), float("nan"))
+        is_number = key == key
+        lowest = tl.minimum(lowest, tl.min(tl.where(j < J, tl.where(is_number, key, float("-inf")), float("inf")), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(j < J, tl.where(is_number, key, float("inf")), float("-inf")), 0))
+    return tl.where((lowest == highest) & (tl.abs(lowest) < float("inf")), lowest, float("nan"))
+
+
+@triton.jit
+def _most(x):
+    """The largest number of a vector by size, infinite where there is a NaN."""
+    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0)
+
+
+@triton.jit
+def _largest_logit(
+    q,
+    k_ptr,
+    bias_ptrs,
+    i_in_range,
+    stride_kj,
+    stride_kd,
+    stride_bias_j,
+    J,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN_J: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """No logit of the block, the key term not counted, is larger by size: max|q|·max|k|·scale + max|bias|."""
+    j = tl.arange(0, BLOCK_J)
+    most_k = 0.0
+    most_bias = 0.0
+    for start in range(0, J, BLOCK_J):
+        in_range = within(j, J - start, EVEN_J)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
+        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0).to(tl.float32)
+        most_k = tl.maximum(most_k, _most(tl.sum(k * k, 1)))
+        most_bias = tl.maximum(most_bias, _most(tl.max(tl.where(bias == bias, tl.abs(bias), float("inf")), 1)))
+        k_ptr += BLOCK_J * stride_kj
+        bias_ptrs += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
+    q = q.to(tl.float32)
+    most_q = _most(tl.sum(q * q, 1))
+    return (tl.sqrt(most_q) * tl.sqrt(most_k) * tl.abs(tl.cast(scale, tl.float32)) + most_bias) * 1.001
+
+
+@triton.jit
+def _mean(
+    ptr,
+    stride_row,
+    stride_d,
+    count,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of `count` rows of D columns, in float32."""
+    row = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, count, BLOCK):
+        rows = load_rows(ptr, row, within(row, count - start, EVEN), stride_row, stride_d, D, BLOCK_D, ALIGNED)
+        total += tl.sum(rows.to(tl.float32), 0)
+        ptr += BLOCK * stride_row
+    return total / count
 
 
 @triton.jit
@@ -112,30 +196,48 @@ def _triangle_attention_fwd_again(
                 bias_offsets = offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
 
                 q = load_rows(of_q, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
-                row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
-                row_sum = tl.zeros([BLOCK_I], tl.float32)
-                acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
-                for start in range(0, J, BLOCK_J):
-                    in_range = within(j, J - start, EVEN_J)
-                    k = load_rows(of_k, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
-                    qk = dot(q, tl.trans(k), None, PRECISION)
-                    key = load_key_term(of_key, j, in_range, stride_key_j, KEY_TERM)
-                    bias_in_range = i_in_range[:, None] & in_range[None, :]
-                    bias = tl.load(of_bias + bias_offsets, mask=bias_in_range, other=0.0)
-                    x = logits_tile(
-                        qk, bias, key[None, :], in_range[None, :], scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J
-                    )  # fmt: skip
-                    p, rescale, row_max = running_probabilities(x, row_max)
-                    row_sum = row_sum * rescale + tl.sum(p, 1)
-                    v = load_rows(of_v, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-                    acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
-                    of_k += BLOCK_J * stride_kj
-                    of_v += BLOCK_J * stride_vj
-                    of_bias += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
-                    if KEY_TERM != "none":
-                        of_key += BLOCK_J * tl.cast(stride_key_j, tl.int64)
+                is_uniform = False
+                value = 0.0
+                if KEY_TERM != "none":
+                    value = _only_value(of_key, stride_key_j, J, fill, KEY_TERM, BLOCK_J)
+                    if value == value:
+                        most = _largest_logit(
+                            q, of_k, of_bias + bias_offsets, i_in_range, stride_kj, stride_kd, stride_bias_j, J, scale,
+                            D, BLOCK_D, ALIGNED, EVEN_J, BLOCK_J,
+                        )  # fmt: skip
+                        is_uniform = most < tl.abs(value) * ROUNDED_AWAY
+                if is_uniform:
+                    row_max = tl.zeros([BLOCK_I], tl.float32) + value
+                    row_sum = tl.zeros([BLOCK_I], tl.float32) + tl.cast(J, tl.float32)
+                    mean = _mean(of_v, stride_vj, stride_vd, J, D, BLOCK_D, ALIGNED, EVEN_J, BLOCK_J)
+                    out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + mean[None, :]
+                else:
+                    row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
+                    row_sum = tl.zeros([BLOCK_I], tl.float32)
+                    acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+                    for start in range(0, J, BLOCK_J):
+                        in_range = within(j, J - start, EVEN_J)
+                        k = load_rows(of_k, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+                        qk = dot(q, tl.trans(k), None, PRECISION)
+                        key = load_key_term(of_key, j, in_range, stride_key_j, KEY_TERM)
+                        bias_in_range = i_in_range[:, None] & in_range[None, :]
+                        bias = tl.load(of_bias + bias_offsets, mask=bias_in_range, other=0.0)
+                        x = logits_tile(
+                            qk, bias, key[None, :], in_range[None, :], scale, fill,
+                            True, KEY_TERM, KEY_TERM_FIRST, EVEN_J,
+                        )  # fmt: skip
+                        p, rescale, row_max = running_probabilities(x, row_max)
+                        row_sum = row_sum * rescale + tl.sum(p, 1)
+                        v = load_rows(of_v, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+                        acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+                        of_k += BLOCK_J * stride_kj
+                        of_v += BLOCK_J * stride_vj
+                        of_bias += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
+                        if KEY_TERM != "none":
+                            of_key += BLOCK_J * tl.cast(stride_key_j, tl.int64)
+                    out = acc / row_sum[:, None]
                 of_out = out_ptr + ((b * R + r) * I * H + h) * D
-                store_rows(of_out, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
+                store_rows(of_out, out, i, i_in_range, H * D, D, BLOCK_D)
                 statistics = head.to(tl.int64) * I + i
                 tl.store(row_max_ptr + statistics, row_max, mask=i_in_range)
                 tl.store(row_sum_ptr + statistics, row_sum, mask=i_in_range)

@@ -296,7 +296,7 @@ class Plan:
         group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
         parts = triton.cdiv(R, group)
         self._parts_shape = (parts, B, H, I, J)
-        self._row_terms = passes.RowTerms(grad_out)
+        self._row_terms = passes.RowTerms(grad_out, J)
         self._key_terms = None if key is None else passes.KeyTerms(key, scale, shared["KEY_TERM"])
         given = {
             **shared,

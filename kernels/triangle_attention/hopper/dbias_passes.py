@@ -6,7 +6,8 @@ All of it is exact only while row_max is a number of some size and the bias not 
 
 - a query whose maximum lies beyond `FAR`, as that of a row without a key left does, is given a shift of +inf: it adds
   nothing to the sums, and the last pass walks it unless it has no gradient;
-- the last pass multiplies by exp(bias), adds the parts in order, and walks those queries in the order of `logits.py`;
+- the last pass multiplies by exp(bias), adds the parts in order, and walks those queries in the order of `logits.py`,
+  or, where all of a tile weigh all keys alike, adds (⟨grad_out, v⟩ - δ) / J;
   and all of them in a tile with a bias beyond `LARGEST`, whose sums it does not use.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -46,13 +48,13 @@ def _is_far(row_max):
 
 
 # Compiled once for all lengths, as the kernel between them is.
-@triton.jit(do_not_specialize=["heads", "R", "H", "I", "tiles_i"])
+@triton.jit(do_not_specialize=["heads", "R", "H", "I", "J", "tiles_i"])
 def _triangle_attention_bwd_dbias_row_terms(
     do_ptr,
     terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
     sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum, log2 of the row sum
     tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
-    far_ptr,  # [B, H, tiles_i, R]: whether the last pass has a query to walk
+    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all of the tile are
     stride_dob: tl.int64,
     stride_dor: tl.int64,
     stride_doi: tl.int64,
@@ -62,6 +64,7 @@ def _triangle_attention_bwd_dbias_row_terms(
     H,
     I,
     tiles_i,
+    J,
     D: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -94,7 +97,10 @@ def _triangle_attention_bwd_dbias_row_terms(
             some |= tl.max((do != 0.0).to(tl.int32), 2)
         is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
         walked = tl.where((some != 0) | (delta != 0.0) | (is_number == 0), walked, 0)
-    flag = tl.max(walked, 1)
+    # All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
+    uniform = far & (log2_sum == tl.log2(tl.cast(J, tl.float32))) & (tl.abs(delta) < float("inf"))
+    all_uniform = tl.min((uniform | (in_range == 0)).to(tl.int32), 1)
+    flag = tl.max(walked, 1) * (1 + all_uniform)
     tl.store(far_ptr + ((b * H + h) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
 
 
@@ -136,19 +142,25 @@ def _triangle_attention_bwd_dbias_key_terms(
 @triton.jit(do_not_specialize=["R"])
 def _triangle_attention_bwd_dbias_list_far(
     far_ptr,  # [B, H, tiles_i, R]
-    rows_ptr,  # [B, H, tiles_i, R + 1]: how many, and which
+    rows_ptr,  # [B, H, tiles_i, R + 2]: how many to walk, how many uniform; the former, and from the end the latter
     R,
     SEEN: tl.constexpr,  # rows looked at together
 ):
     far_ptr += tl.program_id(0) * R
-    rows_ptr += tl.program_id(0) * (R + 1)
-    count = 0
+    rows_ptr += tl.program_id(0) * (R + 2)
+    walked = 0
+    uniform = 0
     for start in range(0, R, SEEN):
         row = start + tl.arange(0, SEEN)
         far = tl.load(far_ptr + row, mask=row < R, other=0)
-        tl.store(rows_ptr + count + tl.cumsum(far, 0), row, mask=far != 0)
-        count += tl.sum(far, 0)
-    tl.store(rows_ptr, count)
+        is_walked = (far == 1).to(tl.int32)
+        is_uniform = (far == UNIFORM).to(tl.int32)
+        tl.store(rows_ptr + 1 + walked + tl.cumsum(is_walked, 0), row, mask=is_walked != 0)
+        tl.store(rows_ptr + R + 2 - uniform - tl.cumsum(is_uniform, 0), row, mask=is_uniform != 0)
+        walked += tl.sum(is_walked, 0)
+        uniform += tl.sum(is_uniform, 0)
+    tl.store(rows_ptr, walked)
+    tl.store(rows_ptr + 1, uniform)
 
 
 # J tells whether rows of the parts lie on 16 bytes.
@@ -162,7 +174,7 @@ def _triangle_attention_bwd_dbias_finish(
     do_ptr,
     terms_ptr,  # [B, R, H, I, 2] contiguous
     sums_ptr,  # [B, R, H, I, 2] contiguous
-    rows_ptr,  # [B, H, tiles_i, R + 1]: how many rows have such a query, and which
+    rows_ptr,  # [B, H, tiles_i, R + 2], of the list above
     parts_ptr,  # [parts, B, H, I, J] contiguous
     dbias_ptr,  # [B, H, I, J] contiguous
     stride_qb: tl.int64,
@@ -242,9 +254,9 @@ def _triangle_attention_bwd_dbias_finish(
     do_ptr += b * stride_dob + h * stride_doh
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b
-    rows_ptr += (head * tiles_i + first_i // 128) * (R + 1)
+    rows_ptr += (head * tiles_i + first_i // 128) * (R + 2)
     for n in range(tl.load(rows_ptr) if is_factor else R):
-        r = tl.load(rows_ptr + 1 + n, mask=is_factor, other=n).to(tl.int64)
+        r = tl.load(rows_ptr + 2 + n, mask=is_factor, other=n).to(tl.int64)
         statistics = (b * R + r) * H + h
         q = load_rows(q_ptr + r * stride_qr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
         k = load_rows(k_ptr + r * stride_kr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
@@ -264,6 +276,22 @@ def _triangle_attention_bwd_dbias_finish(
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
             ds = tl.where(key[None, :], 0.0, ds)
         total += tl.where((_is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
+
+    uniform = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    deltas = tl.zeros([BLOCK_I], tl.float32)
+    for n in range(tl.load(rows_ptr + 1) if is_factor else 0):
+        r = tl.load(rows_ptr + R + 1 - n).to(tl.int64)
+        do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+        delta = tl.load(terms_ptr + 2 * (((b * R + r) * H + h) * I + i) + 1, mask=i_in_range, other=0.0)
+        if KEY_TERM == "select" and not KEY_TERM_FIRST:
+            key = load_key_term(key_ptr + r * stride_key_r, j, j_in_range, stride_key_j, KEY_TERM)
+            ds = dot(do, tl.trans(v), None, PRECISION) - delta[:, None]
+            uniform += tl.where(key[None, :], 0.0, ds)
+        else:
+            uniform = dot(do, tl.trans(v), uniform, PRECISION)
+            deltas += delta
+    total += (uniform - deltas[:, None]) / J
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
 
@@ -271,13 +299,13 @@ _TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
 
 
 class RowTerms:
-    """Makes shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and 1 where a tile has a query for the last pass."""
+    """Makes shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and what of a tile there is for the last pass."""
 
-    def __init__(self, grad_out: Tensor) -> None:
+    def __init__(self, grad_out: Tensor, J: int) -> None:
         B, R, I, H, D = grad_out.shape
         tiles_i, heads = triton.cdiv(I, 128), B * R * H
         self._tiles_shape, self._far_shape = (heads * tiles_i * 8, 32), (B, H, tiles_i, R)
-        sizes = {"heads": heads, "R": R, "H": H, "I": I, "tiles_i": tiles_i, "D": D, "HEADS": 4}
+        sizes = {"heads": heads, "R": R, "H": H, "I": I, "tiles_i": tiles_i, "J": J, "D": D, "HEADS": 4}
         given = {**arguments.strides("do", grad_out, "brihd"), **sizes}
         programs = triton.cdiv(heads, 4) * tiles_i
         self._make = Launch(_triangle_attention_bwd_dbias_row_terms, programs, given, _TILE)
@@ -310,11 +338,12 @@ class KeyTerms:
 
 
 class FarRows:
-    """Lists, `[B, H, tiles_i, R + 1]`: in how many rows the last pass has a query of a tile, and in which, in order."""
+    """Lists, `[B, H, tiles_i, R + 2]`: in how many rows the last pass walks a tile, and in how many it is uniform, and
+    in which, in order, the latter from the end."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         *tiles, R = shape
-        self._shape = (*tiles, R + 1)
+        self._shape = (*tiles, R + 2)
         given = {"R": R, "SEEN": 1024}
         self._make = Launch(_triangle_attention_bwd_dbias_list_far, math.prod(tiles), given, _TILE)
 

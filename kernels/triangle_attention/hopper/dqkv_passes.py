@@ -47,6 +47,7 @@ def _triangle_attention_bwd_query_terms(
     R,
     H,
     I,
+    J,
     scale,
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -63,29 +64,11 @@ def _triangle_attention_bwd_query_terms(
     i = tl.arange(0, BLOCK_I)
     in_range = i < I - first
     head = row * H + h
-    do = load(
-        do_ptr + b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi,
-        i,
-        stride_doi,
-        in_range,
-        D,
-        False,
-    )
-    queries = head * I + first
-    _max, _sum, logsum, delta, _huge = leave_terms(
-        do_ptr,
-        out_ptr + ((row * I + first) * H + h) * D,
-        row_max_ptr + queries,
-        row_sum_ptr + queries,
-        terms_ptr + 2 * queries,
-        sums_ptr + 2 * queries,
-        huge_ptr + head * blocks + block,
-        do,
-        i,
-        in_range,
-        H,
-        D,
-    )
+    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi
+    do = load(do_ptr, i, stride_doi, in_range, D, False)
+    saved = (out_ptr, row_max_ptr, row_sum_ptr)
+    left = (terms_ptr, sums_ptr, huge_ptr)
+    _max, _sum, logsum, delta, _huge = leave_terms(saved, left, do, b, r, h, block, (R, H, I, J), D, BLOCK_I)
     column = tl.arange(0, 16)[None, :]
     shift = -logsum / (tl.cast(scale, tl.float32) * LOG2E)
     x = _in_three(tl.where(column < 3, shift[:, None], -delta[:, None]), column % 3)
@@ -98,11 +81,11 @@ def _triangle_attention_bwd_query_terms(
 class QueryTerms:
     """Makes the terms of calls of one shape and layout."""
 
-    def __init__(self, grad_out: Tensor, scale: float) -> None:
+    def __init__(self, grad_out: Tensor, J: int, scale: float) -> None:
         B, R, I, H, D = grad_out.shape
         programs = B * R * H * triton.cdiv(I, 64)
         self._shape = (programs * 64, 16)
-        given = {**arguments.strides("do", grad_out, "brihd"), "R": R, "H": H, "I": I, "scale": scale, "D": D}
+        given = {**arguments.strides("do", grad_out, "brihd"), "R": R, "H": H, "I": I, "J": J, "scale": scale, "D": D}
         self._make = Launch(_triangle_attention_bwd_query_terms, programs, given, _TILE)
 
     def __call__(

@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.lean.keys import place
-from trifast_inductor.kernels.triangle_attention.lean.operands import load, load_pairs, short_probabilities, store
+from trifast_inductor.kernels.triangle_attention.lean.operands import (
+    head_of,
+    load,
+    load_pairs,
+    short_probabilities,
+    store,
+)
 from trifast_inductor.kernels.triangle_attention.lean.words import SIDE, SQUARE, unpack
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E, dot, load_key_term, logits_tile, probabilities
 from trifast_inductor.kernels.triangle_attention.order import program_place
@@ -17,46 +23,14 @@ def dkdv_of_block(
     r,
     h,
     block,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    operands,
     words_ptr,  # of the bias, [j, i]
-    key_ptr,
-    key_terms_ptr,
-    spans_ptr,
-    do_ptr,
-    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
-    huge_ptr,  # [B, R, H, flags] contiguous
+    prepared,
+    left,
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
-    stride_qb,
-    stride_qr,
-    stride_qi,
-    stride_qh,
-    stride_kb,
-    stride_kr,
-    stride_kj,
-    stride_kh,
-    stride_vb,
-    stride_vr,
-    stride_vj,
-    stride_vh,
-    stride_key_b,
-    stride_key_r,
-    stride_key_j,
-    stride_dob,
-    stride_dor,
-    stride_doi,
-    stride_doh,
-    R,
-    H,
-    I,
-    J,
-    J_terms,
-    flags,  # of `huge_ptr`, to a head
-    scale,
-    fill,
+    sizes,
+    numbers,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEY_TERM: tl.constexpr,
@@ -67,11 +41,17 @@ def dkdv_of_block(
 ):
     """dk and dv of one block of keys."""
     tl.static_assert(BLOCK_J == SIDE)
+    of_q, of_k, of_v, of_key, of_do = operands
+    key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
+    key_terms_ptr, spans_ptr = prepared
+    terms_ptr, sums_ptr, huge_ptr = left
+    R, H, I, J, J_terms, flags = sizes
+    scale, fill = numbers
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     # Rows that are wholly left out, as padding has, take the second loop throughout. Without key terms it is seldom
     # more than one tile, and copies ahead would only cost registers.
     SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else 2
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    dtype: tl.constexpr = dk_ptr.dtype.element_ty
     blocks = tl.cdiv(J, BLOCK_J)
     first = (block * BLOCK_J).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
@@ -80,10 +60,10 @@ def dkdv_of_block(
     row = b * R + r
     head = row * H + h
 
-    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh
-    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh + first * stride_kj
-    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh + first * stride_vj
-    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh
+    q_ptr, stride_qi = head_of(of_q, b, r, h)
+    k_ptr, stride_kj = head_of(of_k, b, r, h)
+    v_ptr, stride_vj = head_of(of_v, b, r, h)
+    do_ptr, stride_doi = head_of(of_do, b, r, h)
     if HAS_BIAS:
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(I, SIDE) * SQUARE
     out_offset = ((row * J + first) * H + h) * D
@@ -104,8 +84,8 @@ def dkdv_of_block(
     # Queries that are walked in the short form.
     short = tl.where(huge != 0, 0, last // BLOCK_I * BLOCK_I)
 
-    k = load(k_ptr, j, stride_kj, j_in_range, D, False)
-    v = load(v_ptr, j, stride_vj, j_in_range, D, False)
+    k = load(k_ptr + first * stride_kj, j, stride_kj, j_in_range, D, False)
+    v = load(v_ptr + first * stride_vj, j, stride_vj, j_in_range, D, False)
     factor = tl.cast(scale, tl.float32) * LOG2E
     dk = tl.zeros([BLOCK_J, D], tl.float32)
     dv = tl.zeros([BLOCK_J, D], tl.float32)
@@ -222,52 +202,27 @@ def _triangle_attention_bwd_dkdv_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    operands = (
+        (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh),
+        (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh),
+        (v_ptr, stride_vb, stride_vr, stride_vj, stride_vh),
+        (key_ptr, stride_key_b, stride_key_r, stride_key_j),
+        (do_ptr, stride_dob, stride_dor, stride_doi, stride_doh),
+    )
     b, r, h, block = program_place(tl.program_id(0), tl.cdiv(J, BLOCK_J), R, H)
     dkdv_of_block(
         b,
         r,
         h,
         block,
-        q_ptr,
-        k_ptr,
-        v_ptr,
+        operands,
         words_ptr,
-        key_ptr,
-        key_terms_ptr,
-        spans_ptr,
-        do_ptr,
-        terms_ptr,
-        sums_ptr,
-        huge_ptr,
+        (key_terms_ptr, spans_ptr),
+        (terms_ptr, sums_ptr, huge_ptr),
         dk_ptr,
         dv_ptr,
-        stride_qb,
-        stride_qr,
-        stride_qi,
-        stride_qh,
-        stride_kb,
-        stride_kr,
-        stride_kj,
-        stride_kh,
-        stride_vb,
-        stride_vr,
-        stride_vj,
-        stride_vh,
-        stride_key_b,
-        stride_key_r,
-        stride_key_j,
-        stride_dob,
-        stride_dor,
-        stride_doi,
-        stride_doh,
-        R,
-        H,
-        I,
-        J,
-        J_terms,
-        flags,
-        scale,
-        fill,
+        (R, H, I, J, J_terms, flags),
+        (scale, fill),
         D,
         HAS_BIAS,
         KEY_TERM,

@@ -5,7 +5,13 @@ import triton
 import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.lean.keys import load_terms
-from trifast_inductor.kernels.triangle_attention.lean.operands import leave_terms, load, short_probabilities, store
+from trifast_inductor.kernels.triangle_attention.lean.operands import (
+    head_of,
+    leave_terms,
+    load,
+    short_probabilities,
+    store,
+)
 from trifast_inductor.kernels.triangle_attention.lean.words import SIDE, SQUARE, unpack
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E, dot, load_key_term, logits_tile, probabilities
 from trifast_inductor.kernels.triangle_attention.order import program_place
@@ -17,47 +23,14 @@ def dq_of_block(
     r,
     h,
     block,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    operands,
     words_ptr,  # of the bias, [i, j]
-    key_ptr,
-    key_terms_ptr,
-    spans_ptr,
-    do_ptr,
-    out_ptr,  # [B, R, I, H, D] contiguous
-    row_max_ptr,  # [B, R, H, I] contiguous
-    row_sum_ptr,  # [B, R, H, I] contiguous
-    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
-    huge_ptr,  # [B, R, H, blocks of queries] contiguous
+    prepared,
+    saved,
+    left,
     dq_ptr,  # [B, R, I, H, D] contiguous
-    stride_qb,
-    stride_qr,
-    stride_qi,
-    stride_qh,
-    stride_kb,
-    stride_kr,
-    stride_kj,
-    stride_kh,
-    stride_vb,
-    stride_vr,
-    stride_vj,
-    stride_vh,
-    stride_key_b,
-    stride_key_r,
-    stride_key_j,
-    stride_dob,
-    stride_dor,
-    stride_doi,
-    stride_doh,
-    R,
-    H,
-    I,
-    J,
-    J_terms,
-    scale,
-    fill,
+    sizes,
+    numbers,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEY_TERM: tl.constexpr,
@@ -68,44 +41,34 @@ def dq_of_block(
 ):
     """dq of one block of queries; what it leaves of them, the kernels that follow read."""
     tl.static_assert(BLOCK_I == SIDE and BLOCK_J == SIDE)
+    of_q, of_k, of_v, of_key, of_do = operands
+    key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
+    key_terms_ptr, spans_ptr = prepared
+    R, H, I, J, J_terms = sizes
+    scale, fill = numbers
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
     # Rows that are wholly left out, as padding has, take the second loop throughout. Without key terms it is seldom
     # more than one tile, and copies ahead would only cost registers.
     SLOW_STAGES: tl.constexpr = 1 if KEY_TERM == "none" else 2
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    dtype: tl.constexpr = dq_ptr.dtype.element_ty
     blocks = tl.cdiv(I, BLOCK_I)
     first = (block * BLOCK_I).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
     j = tl.arange(0, BLOCK_J)
     i_in_range = i < I - first
     row = b * R + r
-    head = row * H + h
 
-    q_ptr += b * stride_qb + r * stride_qr + h * stride_qh + first * stride_qi
-    k_ptr += b * stride_kb + r * stride_kr + h * stride_kh
-    v_ptr += b * stride_vb + r * stride_vr + h * stride_vh
-    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi
+    q_ptr, stride_qi = head_of(of_q, b, r, h)
+    k_ptr, stride_kj = head_of(of_k, b, r, h)
+    v_ptr, stride_vj = head_of(of_v, b, r, h)
+    do_ptr, stride_doi = head_of(of_do, b, r, h)
     if HAS_BIAS:
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(J, SIDE) * SQUARE
     out_offset = ((row * I + first) * H + h) * D
-    queries = head * I + first
 
-    q = load(q_ptr, i, stride_qi, i_in_range, D, False)
-    do = load(do_ptr, i, stride_doi, i_in_range, D, False)
-    row_max, log2_sum, logsum, delta, huge = leave_terms(
-        do_ptr,
-        out_ptr + out_offset,
-        row_max_ptr + queries,
-        row_sum_ptr + queries,
-        terms_ptr + 2 * queries,
-        sums_ptr + 2 * queries,
-        huge_ptr + head * blocks + block,
-        do,
-        i,
-        i_in_range,
-        H,
-        D,
-    )
+    q = load(q_ptr + first * stride_qi, i, stride_qi, i_in_range, D, False)
+    do = load(do_ptr + first * stride_doi, i, stride_doi, i_in_range, D, False)
+    row_max, log2_sum, logsum, delta, huge = leave_terms(saved, left, do, b, r, h, block, (R, H, I, J), D, BLOCK_I)
     end = J
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
@@ -223,53 +186,27 @@ def _triangle_attention_bwd_dq_lean(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    operands = (
+        (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh),
+        (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh),
+        (v_ptr, stride_vb, stride_vr, stride_vj, stride_vh),
+        (key_ptr, stride_key_b, stride_key_r, stride_key_j),
+        (do_ptr, stride_dob, stride_dor, stride_doi, stride_doh),
+    )
     b, r, h, block = program_place(tl.program_id(0), tl.cdiv(I, BLOCK_I), R, H)
     dq_of_block(
         b,
         r,
         h,
         block,
-        q_ptr,
-        k_ptr,
-        v_ptr,
+        operands,
         words_ptr,
-        key_ptr,
-        key_terms_ptr,
-        spans_ptr,
-        do_ptr,
-        out_ptr,
-        row_max_ptr,
-        row_sum_ptr,
-        terms_ptr,
-        sums_ptr,
-        huge_ptr,
+        (key_terms_ptr, spans_ptr),
+        (out_ptr, row_max_ptr, row_sum_ptr),
+        (terms_ptr, sums_ptr, huge_ptr),
         dq_ptr,
-        stride_qb,
-        stride_qr,
-        stride_qi,
-        stride_qh,
-        stride_kb,
-        stride_kr,
-        stride_kj,
-        stride_kh,
-        stride_vb,
-        stride_vr,
-        stride_vj,
-        stride_vh,
-        stride_key_b,
-        stride_key_r,
-        stride_key_j,
-        stride_dob,
-        stride_dor,
-        stride_doi,
-        stride_doh,
-        R,
-        H,
-        I,
-        J,
-        J_terms,
-        scale,
-        fill,
+        (R, H, I, J, J_terms),
+        (scale, fill),
         D,
         HAS_BIAS,
         KEY_TERM,

@@ -117,7 +117,7 @@ class Plan:
         if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
             key = key_bias if key_mask is None else key_mask
             self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
-            self._query_terms = QueryTerms(grad_out, scale)
+            self._query_terms = QueryTerms(grad_out, J, scale)
             self._do_marked(B * R * H, q, given, tile)
         self._dbias_on_hopper: Callable[..., Tensor] | None = None
         self._dbias: Launch | None = None
@@ -145,9 +145,7 @@ class Plan:
         self._marked_shape = (heads + 1,)
         self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, tile.dq)
         # What is kept over the loop of blocks wants registers, too.
-        of_dq, of_dkdv = (replace(each, maxnreg=168) for each in (tile.dq, tile.dkdv))
-        self._dq_of_marked = _Capped(marked._triangle_attention_bwd_dq_marked, programs, given, of_dq)
-        self._dkdv_of_marked = _Capped(marked._triangle_attention_bwd_dkdv_marked, programs, given, of_dkdv)
+        self._marked = _Capped(marked._triangle_attention_bwd_marked, programs, given, replace(tile.dkdv, maxnreg=168))
 
     def _on_hopper(
         self,
@@ -193,15 +191,13 @@ class Plan:
         left = (terms, row_sums, empty(self._huge_shape, torch.int32))
         by_i, by_j, loud = self._words(bias)
         rest = (key, *self._keys(key, loud), grad_out)
-        for_dq = (q, k, v, by_i, *rest, out, row_max, row_sum, *left, dq)
-        for_dkdv = (q, k, v, by_j, *rest, *left, dk, dv)
-        marked = self._on_hopper(grad_out, q, k, v, by_j, key, rest[2], out, row_max, row_sum, left, (dq, dk, dv))
+        saved = (out, row_max, row_sum)
+        marked = self._on_hopper(grad_out, q, k, v, by_j, key, rest[2], *saved, left, (dq, dk, dv))
         if marked is not None:
-            self._dq_of_marked(marked, *for_dq)
-            self._dkdv_of_marked(marked, *for_dkdv)
+            self._marked(marked, q, k, v, by_i, by_j, *rest, *saved, *left, dq, dk, dv)
         else:
-            self._dq(*for_dq)
-            self._dkdv(*for_dkdv)
+            self._dq(q, k, v, by_i, *rest, *saved, *left, dq)
+            self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
         if self._dbias_on_hopper is not None:
             dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, terms, row_sums)
             if dbias is not None:

@@ -14,6 +14,15 @@ from trifast_inductor.kernels.triangle_attention.logits import LOG2E
 
 # |L| above which a query is huge: one fused multiply-add is off by the rounding of L, 2**-12 of p here.
 HUGE = tl.constexpr(4096.0)
+# Flag of a block whose queries are all uniform, and one of them huge; that of any other with a huge one is 1.
+UNIFORM = tl.constexpr(2)
+
+
+@triton.jit
+def head_of(operand, b, r, h):
+    """Where one head of q, k, v or the gradient of the output begins, and the step from row to row."""
+    ptr, stride_b, stride_r, stride_row, stride_h = operand
+    return ptr + b * stride_b + r * stride_r + h * stride_h, stride_row
 
 
 @triton.jit
@@ -46,35 +55,52 @@ def short_probabilities(qk, factor, bias, logsum, key, HAS_BIAS: tl.constexpr, K
 
 @triton.jit
 def leave_terms(
-    do_ptr,
-    out_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    terms_ptr,
-    sums_ptr,
-    huge_ptr,
+    saved,
+    left,
     do,
-    i,
-    in_range,
-    H,
+    b,
+    r,
+    h,
+    block,
+    sizes,
     D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
     """L and δ of a block of queries, stored for the other kernels, and whether one is huge or not a number.
 
-    The row maximum and log2 of the row sum are stored, too, as both loops want their pairs: side by side.
+    The row maximum and log2 of the row sum are stored, too, as both loops want their pairs: side by side. Where one is
+    huge, the flag is `UNIFORM` if every query of the block has all keys at its maximum, as where all are left out.
+
+    Args:
+        saved: out `[B, R, I, H, D]`, row maximum and row sum `[B, R, H, I]`, contiguous.
+        left: terms `[B, R, H, I, 2]`, L and δ; sums `[B, R, H, I, 2]`, row maximum and log2 of the row sum; flags
+            `[B, R, H, blocks of queries]`.
     """
-    out = load(out_ptr, i, H * D, in_range, D, False)
-    row_max = tl.load(row_max_ptr + i, mask=in_range, other=0.0)
-    log2_sum = tl.log2(tl.load(row_sum_ptr + i, mask=in_range, other=1.0))
+    out_ptr, row_max_ptr, row_sum_ptr = saved
+    terms_ptr, sums_ptr, huge_ptr = left
+    R, H, I, J = sizes
+    row = b * R + r
+    head = row * H + h
+    first = (block * BLOCK_I).to(tl.int64)
+    i = tl.arange(0, BLOCK_I)
+    in_range = i < I - first
+    query = head * I + first + i
+    out = load(out_ptr + ((row * I + first) * H + h) * D, i, H * D, in_range, D, False)
+    row_max = tl.load(row_max_ptr + query, mask=in_range, other=0.0)
+    row_sum = tl.load(row_sum_ptr + query, mask=in_range, other=1.0)
+    log2_sum = tl.log2(row_sum)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     logsum = row_max * LOG2E + log2_sum
-    usual = (tl.abs(logsum) <= HUGE) & (tl.abs(delta) < float("inf"))
-    huge = 1 - tl.min(usual.to(tl.int32), 0)
-    tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
-    tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
-    tl.store(sums_ptr + 2 * i, row_max, mask=in_range)
-    tl.store(sums_ptr + 2 * i + 1, log2_sum, mask=in_range)
-    tl.store(huge_ptr, huge)
+    is_number = tl.abs(delta) < float("inf")
+    usual = (tl.abs(logsum) <= HUGE) & is_number
+    uniform = ((row_sum == J) & is_number) | (in_range == 0)
+    some_huge = 1 - tl.min(usual.to(tl.int32), 0)
+    huge = some_huge * (1 + tl.min(uniform.to(tl.int32), 0))
+    tl.store(terms_ptr + 2 * query, logsum, mask=in_range)
+    tl.store(terms_ptr + 2 * query + 1, delta, mask=in_range)
+    tl.store(sums_ptr + 2 * query, row_max, mask=in_range)
+    tl.store(sums_ptr + 2 * query + 1, log2_sum, mask=in_range)
+    tl.store(huge_ptr + head * tl.cdiv(I, BLOCK_I) + block, huge)
     return row_max, log2_sum, logsum, delta, huge
 
 
