@@ -31,7 +31,7 @@ from trifast_inductor.kernels.triangle_attention.portable.together import _trian
 
 # Of queries and keys, up to which one launch serves, or one after dq's: docs/benchmarks/log-backward.md, step 9.
 LONGEST_TOGETHER = 64
-LONGEST_AFTER_DQ = 64
+LONGEST_AFTER_DQ = 192
 
 
 class _Plan:

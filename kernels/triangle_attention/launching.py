@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from trifast_inductor.kernels.triangle_attention import tuning
-from trifast_inductor.kernels.triangle_attention.tiling import Tile
+from trifast_inductor.kernels.triangle_attention.tiling import CappedTile, Tile
 
 T = TypeVar("T")
 Signature = tuple[Hashable, ...]
@@ -45,6 +45,8 @@ class Launch:
         values = {**vars(tile), **arguments}
         self._arguments = [values[name] for name in kernel.arg_names if not name.endswith(("_ptr", "_desc"))]
         self._options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if isinstance(tile, CappedTile) and tile.maxnreg is not None:
+            self._options["maxnreg"] = tile.maxnreg
         self._run: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:

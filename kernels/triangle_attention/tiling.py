@@ -24,6 +24,13 @@ class Tile:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class CappedTile(Tile):
+    """`maxnreg` caps the registers, so that more programs fit a multiprocessor; None leaves them to the compiler."""
+
+    maxnreg: int | None = None
+
+
 # By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores; ieee float32 keeps
 # both operands in registers, which limits it to small tiles.
 _Table = dict[str, dict[int, Tile]]
@@ -126,6 +133,10 @@ _LONG = {
 }
 
 
+# The same, between these lengths. The whole backward at N=128:
+_SHORT = {"dkdv": (65, 192, Tile(32, 64, 4, 2))}  # 0.0423 ms, 64 x 64 0.0450
+
+
 def choose(
     kernel: str,
     dtype: torch.dtype,
@@ -153,9 +164,11 @@ def choose(
 
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
     """The shipped tile for axes of this length, if they are not shorter than it; the kernel as in `tuning.KERNELS`."""
-    longest = _LONG.get(kernel)
-    if longest is not None and dtype != torch.float32 and D <= 32 and length >= longest[0]:
-        return longest[1]
+    if dtype != torch.float32 and D <= 32:
+        if kernel in _LONG and length >= _LONG[kernel][0]:
+            return _LONG[kernel][1]
+        if kernel in _SHORT and _SHORT[kernel][0] <= length <= _SHORT[kernel][1]:
+            return _SHORT[kernel][2]
     tiles = _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"]
     return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
 

@@ -20,6 +20,13 @@ from trifast_inductor.kernels.triangle_attention.lean import marked
 LOG2E = math.log2(math.e)
 
 
+def lists_of(listed: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Heads that are marked and want logits, that are marked and want none, and all others."""
+    marked, walked, *places = listed.tolist()
+    heads = len(places) // 2
+    return places[:walked], places[heads : heads + marked - walked], places[marked:heads][::-1][: heads - marked]
+
+
 def in_torch(x: Inputs, columns: Tensor, listed: Tensor, gradients: tuple[Tensor, Tensor, Tensor]) -> None:
     """`_triangle_attention_bwd_dqkv_hopper`."""
     B, R, I, H, _ = x.q.shape
@@ -37,11 +44,9 @@ def in_torch(x: Inputs, columns: Tensor, listed: Tensor, gradients: tuple[Tensor
     gradients[0].copy_(torch.einsum("brhij,brjhd->brihd", ds, k) * x.scale)
     gradients[1].copy_(torch.einsum("brhij,brihd->brjhd", ds, q) * x.scale)
     gradients[2].copy_(torch.einsum("brhij,brihd->brjhd", p, do))
-    count, *heads = listed.tolist()
-    heads[:count] = [entry // 2 for entry in heads[:count]]
-    assert sorted(heads) == list(range(B * R * H))
-    assert heads[count:] == sorted(heads[count:], reverse=True)
-    for head in heads[:count]:
+    walked, uniform, others = lists_of(listed)
+    assert sorted(walked + uniform + others) == list(range(B * R * H))
+    for head in walked + uniform:
         for gradient in gradients:
             gradient[head // (R * H), head // H % R, :, head % H] = math.nan
 
@@ -98,8 +103,7 @@ def test_uniform_heads(device, around, monkeypatch, key_term, key_term_first, se
         lambda *_: lambda *given: bool(listed.append(given[-2])) or in_torch(x, *given[6:]) or True,
     )
     assert_gradients_within_budget(x)
-    count, *entries = listed[0].tolist()
-    uniform = [entry // 2 for entry in entries[:count] if entry % 2]
+    _, uniform, _ = lists_of(listed[0])
     # The bias of the second head brings one query back, but not from the fill, which is the least float32.
     expected = [2, 4] if key_term == "additive" else [2, 3, 4, 5]
     assert uniform == ([] if seen else expected)
@@ -112,13 +116,15 @@ def test_list_of_heads(device, share):
     huge *= torch.randint(1, 3, huge.shape, device=device, dtype=torch.int32)
     spans = torch.zeros((1250, 2), dtype=torch.int32, device=device)
     spans[700, 1] = 1
-    listed = torch.empty(2501, dtype=torch.int32, device=device)
-    marked._triangle_attention_bwd_list_marked[(1,)](huge, spans, listed, 2500, 2, 3, KEY_TERM="add", SEEN=1024)
-    expected = ((huge.sum(-1) > 0) | (spans[:, 1:] > 0)).flatten().cpu()
-    uniform = (huge == 2).all(-1).flatten().cpu()
-    count, *heads = listed.tolist()
-    assert heads[:count] == [2 * head + int(uniform[head]) for head in expected.nonzero()[:, 0].tolist()]
-    assert heads[count:][::-1] == (~expected).nonzero()[:, 0].tolist()
+    listed = torch.full((5002,), -1, dtype=torch.int32, device=device)
+    options = {"KEY_TERM": "add", "FLAGS": 4, "SEEN": 1024}
+    marked._triangle_attention_bwd_list_marked[(1,)](huge, spans, listed, 2500, 2, 3, **options)
+    is_marked = ((huge.sum(-1) > 0) | (spans[:, 1:] > 0)).flatten().cpu()
+    is_uniform = (huge == 2).all(-1).flatten().cpu()
+    walked, uniform, others = lists_of(listed)
+    assert walked == (is_marked & ~is_uniform).nonzero()[:, 0].tolist()
+    assert uniform == is_uniform.nonzero()[:, 0].tolist()
+    assert others == (~is_marked).nonzero()[:, 0].tolist()
 
 
 def test_terms_of_queries(device):

@@ -30,7 +30,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     store_rows,
     within,
 )
-from trifast_inductor.kernels.triangle_attention.tiling import Tile
+from trifast_inductor.kernels.triangle_attention.tiling import CappedTile
 
 # A number smaller than this times another is lost when it is added to that one in float32, rounded to nearest.
 ROUNDED_AWAY = tl.constexpr(2.0**-25)
@@ -69,59 +69,53 @@ def _most(x):
 
 
 @triton.jit
-def _largest_logit(
+def _beside_a_term(
     q,
     k_ptr,
-    bias_ptrs,
+    v_ptr,
+    bias_ptr,
+    i,
     i_in_range,
     stride_kj,
     stride_kd,
+    stride_vj,
+    stride_vd,
+    stride_bias_i,
     stride_bias_j,
     J,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
-    EVEN_J: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """No logit of the block, the key term not counted, is larger by size: max|q|·max|k|·scale + max|bias|."""
-    j = tl.arange(0, BLOCK_J)
-    most_k = 0.0
-    most_bias = 0.0
-    for start in range(0, J, BLOCK_J):
-        in_range = within(j, J - start, EVEN_J)
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
-        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0).to(tl.float32)
-        most_k = tl.maximum(most_k, _most(tl.sum(k * k, 1)))
-        most_bias = tl.maximum(most_bias, _most(tl.max(tl.where(bias == bias, tl.abs(bias), float("inf")), 1)))
-        k_ptr += BLOCK_J * stride_kj
-        bias_ptrs += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
-    q = q.to(tl.float32)
-    most_q = _most(tl.sum(q * q, 1))
-    return (tl.sqrt(most_q) * tl.sqrt(most_k) * tl.abs(tl.cast(scale, tl.float32)) + most_bias) * 1.001
-
-
-@triton.jit
-def _mean(
-    ptr,
-    stride_row,
-    stride_d,
-    count,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of `count` rows of D columns, in float32."""
-    row = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, count, BLOCK):
-        rows = load_rows(ptr, row, within(row, count - start, EVEN), stride_row, stride_d, D, BLOCK_D, ALIGNED)
-        total += tl.sum(rows.to(tl.float32), 0)
-        ptr += BLOCK * stride_row
-    return total / count
+    """What no logit of the block is larger than by size, the term not counted, and the mean of v.
+
+    The former is max|q|·max|k|·scale + max|bias|.
+    """
+    j = tl.arange(0, BLOCK)
+    bias_ptrs = bias_ptr + offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
+    most_k = 0.0
+    most_bias = 0.0
+    sum_v = tl.zeros([BLOCK_D], tl.float32)
+    # Nothing is multiplied here, so that copies ahead are not made unless they are asked for.
+    for start in tl.range(0, J, BLOCK, num_stages=3):
+        in_range = j < J - start
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
+        k = k.to(tl.float32)
+        bias = bias.to(tl.float32)
+        most_k = tl.maximum(most_k, _most(tl.sum(k * k, 1)))
+        most_bias = tl.maximum(most_bias, _most(tl.max(tl.where(bias == bias, tl.abs(bias), float("inf")), 1)))
+        sum_v += tl.sum(v.to(tl.float32), 0)
+        k_ptr += BLOCK * stride_kj
+        v_ptr += BLOCK * stride_vj
+        bias_ptrs += BLOCK * tl.cast(stride_bias_j, tl.int64)
+    q = q.to(tl.float32)
+    most_q = _most(tl.sum(q * q, 1))
+    most = tl.sqrt(most_q) * tl.sqrt(most_k) * tl.abs(tl.cast(scale, tl.float32)) + most_bias
+    return most * 1.001, sum_v / J
 
 
 @triton.jit
@@ -176,9 +170,9 @@ def _triangle_attention_fwd_again(
     programs = tl.num_programs(0)
     blocks = tl.cdiv(I, BLOCK_I)
     last = B * R * H * blocks
-    for first in range(tl.program_id(0), last, 32 * programs):
+    for first in tl.range(tl.program_id(0), last, 32 * programs, disable_licm=True):
         unsound = _unsound(row_sum_ptr, first + tl.arange(0, 32) * programs, blocks, last, I, BLOCK_I)
-        for n in range(32):
+        for n in tl.range(32, disable_licm=True):
             if (unsound >> n) & 1 != 0:
                 block = first + n * programs
                 head = block // blocks
@@ -198,18 +192,18 @@ def _triangle_attention_fwd_again(
                 q = load_rows(of_q, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
                 is_uniform = False
                 value = 0.0
+                mean = tl.zeros([BLOCK_D], tl.float32)
                 if KEY_TERM != "none":
-                    value = _only_value(of_key, stride_key_j, J, fill, KEY_TERM, BLOCK_J)
+                    value = _only_value(of_key, stride_key_j, J, fill, KEY_TERM, 512)
                     if value == value:
-                        most = _largest_logit(
-                            q, of_k, of_bias + bias_offsets, i_in_range, stride_kj, stride_kd, stride_bias_j, J, scale,
-                            D, BLOCK_D, ALIGNED, EVEN_J, BLOCK_J,
+                        most, mean = _beside_a_term(
+                            q, of_k, of_v, of_bias, i, i_in_range, stride_kj, stride_kd, stride_vj, stride_vd,
+                            stride_bias_i, stride_bias_j, J, scale, D, BLOCK_D, ALIGNED, BLOCK=64,
                         )  # fmt: skip
                         is_uniform = most < tl.abs(value) * ROUNDED_AWAY
                 if is_uniform:
                     row_max = tl.zeros([BLOCK_I], tl.float32) + value
                     row_sum = tl.zeros([BLOCK_I], tl.float32) + tl.cast(J, tl.float32)
-                    mean = _mean(of_v, stride_vj, stride_vd, J, D, BLOCK_D, ALIGNED, EVEN_J, BLOCK_J)
                     out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + mean[None, :]
                 else:
                     row_max = tl.full([BLOCK_I], float("-inf"), tl.float32)
@@ -245,7 +239,7 @@ def _triangle_attention_fwd_again(
 
 # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
 # a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
-_TILE = Tile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3)
+_TILE = CappedTile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3, maxnreg=128)
 _PROGRAMS = 4  # of a multiprocessor: what its registers hold at D=32
 
 

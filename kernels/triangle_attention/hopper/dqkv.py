@@ -52,7 +52,7 @@ LEFT_OUT = gl.constexpr(-1e30)
 def _item(listed_ptr, n, items, heads):
     """The n-th head of a row to do, and the last one for any n past the end."""
     # With none to do, this reads the last place of the list and the loop is empty.
-    return gl.load(listed_ptr + heads - gl.maximum(gl.minimum(n, items - 1), 0))
+    return gl.load(listed_ptr + heads + 1 - gl.maximum(gl.minimum(n, items - 1), 0))
 
 
 @gluon.jit
@@ -329,7 +329,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     v_desc,
     terms_desc,  # of `dqkv_passes`
     words_desc,  # of `lean/words.py`, [j, i]
-    listed_ptr,  # of `lean/marked.py`: marked heads, which are left out, and from the end backwards all others
+    listed_ptr,  # of `lean/marked.py`: which heads are marked, and left out here
     key_ptr,
     sums_ptr,  # [programs, blocks of queries, 64, D] contiguous, float32; not read before it is written
     dq_ptr,  # [B, R, I, H, D] contiguous

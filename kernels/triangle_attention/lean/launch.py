@@ -14,7 +14,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqk
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys, marked
-from trifast_inductor.kernels.triangle_attention.lean.tiles import Tile, Tiles, tiles
+from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
 # Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, step 4.
@@ -62,13 +62,6 @@ def _is_hopper() -> bool:
     return bool(target.backend == "cuda" and target.arch == 90)
 
 
-class _Capped(Launch):
-    def __init__(self, kernel: Any, programs: int, given: dict[str, Any], tile: Tile) -> None:
-        super().__init__(kernel, programs, given, tile)
-        if tile.maxnreg is not None:
-            self._options["maxnreg"] = tile.maxnreg
-
-
 def _planned_dbias(*given: Any) -> Callable[..., Tensor]:
     from trifast_inductor.kernels.triangle_attention.hopper import dbias
 
@@ -108,9 +101,9 @@ class Plan:
         self._keys = keys.Keys(key_bias if key_mask is None else key_mask, bias, given)
         self._terms_shape = (B, R, H, I, 2)
         self._huge_shape = (B, R, H, flags)
-        self._dq = _Capped(dq._triangle_attention_bwd_dq_lean, B * R * H * flags, given, tile.dq)
+        self._dq = Launch(dq._triangle_attention_bwd_dq_lean, B * R * H * flags, given, tile.dq)
         programs = B * R * H * triton.cdiv(J, tile.dkdv.BLOCK_J)
-        self._dkdv = _Capped(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
+        self._dkdv = Launch(dkdv._triangle_attention_bwd_dkdv_lean, programs, given, tile.dkdv)
 
         numbers = (scale, fill, key_term_first)
         self._dqkv_on_hopper: Callable[..., bool] | None = None
@@ -133,19 +126,21 @@ class Plan:
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
         given["rows"] = rows
-        self._dbias = _Capped(dbias._triangle_attention_bwd_dbias_lean, groups * programs, given, tile.dbias)
+        self._dbias = Launch(dbias._triangle_attention_bwd_dbias_lean, groups * programs, given, tile.dbias)
         if groups > 1:
             self._parts_shape = (groups, *self._dbias_shape)
             self._sum = sums.sum_of(B * H * I * J, groups)
 
     def _do_marked(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> None:
         """What does the heads that the Hopper kernel for dq, dk and dv cannot do."""
-        of_list = {**given, "heads": heads, "SEEN": 1024}
+        given = {**given, "heads": heads}
+        FLAGS = triton.next_power_of_2(given["flags"])
+        of_list = {**given, "FLAGS": FLAGS, "SEEN": max(1, 8192 // FLAGS)}
         programs = marked.PROGRAMS * hopper.multiprocessors(q.get_device())
-        self._marked_shape = (heads + 1,)
-        self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, tile.dq)
+        self._marked_shape = (2 + 2 * heads,)
+        self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, replace(tile.dq, num_warps=8))
         # What is kept over the loop of blocks wants registers, too.
-        self._marked = _Capped(marked._triangle_attention_bwd_marked, programs, given, replace(tile.dkdv, maxnreg=168))
+        self._marked = Launch(marked._triangle_attention_bwd_marked, programs, given, replace(tile.dkdv, maxnreg=168))
 
     def _on_hopper(
         self,

@@ -20,35 +20,50 @@ PROGRAMS = 3  # to a multiprocessor: as many as fit
 def _triangle_attention_bwd_list_marked(
     huge_ptr,  # [heads, flags]
     spans_ptr,  # [rows, 2]
-    marked_ptr,  # how many; each twice, plus 1 if it is uniform; from the end backwards, those that are not marked
+    listed_ptr,  # [2 + 2·heads]
     heads,  # B·R·H
     H,
     flags,
     KEY_TERM: tl.constexpr,
+    FLAGS: tl.constexpr,  # at least `flags`, a power of two
     SEEN: tl.constexpr,  # heads looked at together
 ):
-    count = 0
+    """How many heads are marked, and how many of them want logits; these, and from `heads` + 1 backwards those that
+    are not marked; from `heads` + 2 on those that are marked and want no logits. All in order.
+    """
+    marked = 0
+    walked = 0
+    flag = tl.arange(0, FLAGS)[None, :]
     for start in range(0, heads, SEEN):
         head = start + tl.arange(0, SEEN)
-        marked = tl.zeros([SEEN], tl.int32)
-        uniform = tl.full([SEEN], 1, tl.int32)
-        for flag in range(flags):
-            huge = tl.load(huge_ptr + head * flags + flag, mask=head < heads, other=0)
-            marked |= huge
-            uniform &= (huge == UNIFORM).to(tl.int32)
+        in_range = head < heads
+        huge = tl.load(huge_ptr + head[:, None] * flags + flag, mask=in_range[:, None] & (flag < flags), other=0)
+        is_marked = tl.max(huge, 1)
+        is_uniform = tl.min(((huge == UNIFORM) | (flag >= flags)).to(tl.int32), 1)
         if KEY_TERM != "none":
-            marked |= tl.load(spans_ptr + head // H * 2 + 1, mask=head < heads, other=0)
-        marked = (marked != 0).to(tl.int32)
-        so_far = count + tl.cumsum(marked, 0)
-        place = tl.where(marked != 0, so_far, heads - (head - so_far))
-        tl.store(marked_ptr + place, tl.where(marked != 0, 2 * head + uniform, head), mask=head < heads)
-        count += tl.sum(marked, 0)
-    tl.store(marked_ptr, count)
+            is_marked |= tl.load(spans_ptr + head // H * 2 + 1, mask=in_range, other=0)
+        is_marked = (is_marked != 0).to(tl.int32)
+        is_walked = is_marked * (1 - is_uniform)
+        marked_so_far = marked + tl.cumsum(is_marked, 0)
+        walked_so_far = walked + tl.cumsum(is_walked, 0)
+        place = tl.where(is_walked != 0, 1 + walked_so_far, heads + 1 - (head - marked_so_far))
+        place = tl.where(is_marked > is_walked, heads + 1 + marked_so_far - walked_so_far, place)
+        tl.store(listed_ptr + place, head, mask=in_range)
+        marked += tl.sum(is_marked, 0)
+        walked += tl.sum(is_walked, 0)
+    tl.store(listed_ptr, marked)
+    tl.store(listed_ptr + 1, walked)
+
+
+@triton.jit
+def _place(entry_ptr, R, H):
+    head = tl.load(entry_ptr).to(tl.int64)
+    return head // (R * H), head // H % R, head % H
 
 
 @triton.jit
 def _triangle_attention_bwd_marked(
-    marked_ptr,
+    listed_ptr,  # of the list above
     q_ptr,
     k_ptr,
     v_ptr,
@@ -86,6 +101,7 @@ def _triangle_attention_bwd_marked(
     stride_dor: tl.int64,
     stride_doi,
     stride_doh: tl.int64,
+    heads,  # B·R·H
     R,
     H,
     I,
@@ -111,26 +127,24 @@ def _triangle_attention_bwd_marked(
     )
     prepared = (key_terms_ptr, spans_ptr)
     left = (terms_ptr, sums_ptr, huge_ptr)
+    walked = tl.load(listed_ptr + 1)
+    uniform = tl.load(listed_ptr) - walked
+    for n in tl.range(tl.program_id(0), 2 * uniform, tl.num_programs(0), disable_licm=True):
+        b, r, h = _place(listed_ptr + heads + 2 + n // 2, R, H)
+        if n % 2 == 0:
+            dq_of_uniform_head(
+                b, r, h, operands, terms_ptr, dq_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=128
+            )  # fmt: skip
+        else:
+            dkdv_of_uniform_head(
+                b, r, h, operands, terms_ptr, dk_ptr, dv_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=128
+            )  # fmt: skip
+    # The blocks of a head side by side, those of queries first.
     parts = flags + tl.cdiv(J, BLOCK_J)
-    count = tl.load(marked_ptr)
-    # Parts outermost: all of a uniform head is in its first part and in its first of keys.
-    for n in tl.range(tl.program_id(0), count * parts, tl.num_programs(0), disable_licm=True):
-        part = n // count
-        entry = tl.load(marked_ptr + 1 + n % count)
-        head = (entry // 2).to(tl.int64)
-        b = head // (R * H)
-        r = head // H % R
-        h = head % H
-        if entry % 2 == 1:
-            if part == 0:
-                dq_of_uniform_head(
-                    b, r, h, operands, terms_ptr, dq_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK_J
-                )  # fmt: skip
-            elif part == flags:
-                dkdv_of_uniform_head(
-                    b, r, h, operands, terms_ptr, dk_ptr, dv_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK_J
-                )  # fmt: skip
-        elif part < flags:
+    for n in tl.range(tl.program_id(0), walked * parts, tl.num_programs(0), disable_licm=True):
+        b, r, h = _place(listed_ptr + 2 + n // parts, R, H)
+        part = n % parts
+        if part < flags:
             dq_of_block(
                 b,
                 r,

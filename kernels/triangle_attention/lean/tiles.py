@@ -6,35 +6,28 @@ Milliseconds are of one H200 at N=512 and N=256, H=4, bfloat16, D=32, no key ter
 
 from dataclasses import dataclass
 
-from trifast_inductor.kernels.triangle_attention import tiling
-
-
-@dataclass(frozen=True)
-class Tile(tiling.Tile):
-    """`maxnreg` caps the registers, so that more programs fit a multiprocessor; None leaves them to the compiler."""
-
-    maxnreg: int | None = None
+from trifast_inductor.kernels.triangle_attention.tiling import CappedTile
 
 
 @dataclass(frozen=True)
 class Tiles:
     """Four warps share 64 rows of logits: BLOCK_I of dq and dbias, BLOCK_J of dkdv."""
 
-    dq: Tile
-    dkdv: Tile
-    dbias: Tile
+    dq: CappedTile
+    dkdv: CappedTile
+    dbias: CappedTile
 
 
 _TILES = {
     32: Tiles(
-        dq=Tile(64, 64, 4, 3, 128),  # 127, 48 KiB, 9.7; 0.389 and 0.071 ms, 64 x 32 0.400 and 0.069
-        dkdv=Tile(32, 64, 4, 3, 128),  # 119, 28 KiB, 13.7; 0.495 and 0.081 ms, 64 x 64 0.549 and 0.094
-        dbias=Tile(64, 64, 4, 3, 168),  # 168, 48 KiB, 8.7; 0.341 and 0.053 ms, 64 x 32 0.381 and 0.068
+        dq=CappedTile(64, 64, 4, 3, 128),  # 127, 48 KiB, 9.7; 0.389 and 0.071 ms, 64 x 32 0.400 and 0.069
+        dkdv=CappedTile(32, 64, 4, 3, 128),  # 119, 28 KiB, 13.7; 0.495 and 0.081 ms, 64 x 64 0.549 and 0.094
+        dbias=CappedTile(64, 64, 4, 3, 168),  # 168, 48 KiB, 8.7; 0.341 and 0.053 ms, 64 x 32 0.381 and 0.068
     ),
     64: Tiles(
-        dq=Tile(64, 64, 4, 2, 168),  # 168, 56 KiB, 10.0
-        dkdv=Tile(32, 64, 4, 3, 168),  # 168, 48 KiB, 14.4
-        dbias=Tile(64, 64, 4, 3),  # 230, 96 KiB, 10.0
+        dq=CappedTile(64, 64, 4, 2, 168),  # 168, 56 KiB, 10.0
+        dkdv=CappedTile(32, 64, 4, 3, 168),  # 168, 48 KiB, 14.4
+        dbias=CappedTile(64, 64, 4, 3),  # 230, 96 KiB, 10.0
     ),
 }
 
