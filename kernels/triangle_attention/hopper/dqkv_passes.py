@@ -14,11 +14,11 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean.operands import leave_terms, load
+from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-_TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=4, num_stages=1)
+_TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=8, num_stages=1)
 
 
 @triton.jit
@@ -51,31 +51,39 @@ def _triangle_attention_bwd_query_terms(
     scale,
     D: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
 ):
-    # Heads innermost: those of a query lie side by side in memory.
+    # The heads of a query lie side by side in memory, so a program takes several.
+    groups = tl.cdiv(H, HEADS)
     blocks = tl.cdiv(I, BLOCK_I)
     pid = tl.program_id(0)
-    h = (pid % H).to(tl.int64)
-    block = pid // H % blocks
-    row = (pid // (H * blocks)).to(tl.int64)
+    block = pid // groups % blocks
+    row = (pid // (groups * blocks)).to(tl.int64)
     b = row // R
     r = row % R
+    some = tl.arange(0, BLOCK_I * HEADS)
+    h = pid % groups * HEADS + some % HEADS
+    i = block * BLOCK_I + some // HEADS
+    in_range = (i < I) & (h < H)
     first = (block * BLOCK_I).to(tl.int64)
-    i = tl.arange(0, BLOCK_I)
-    in_range = i < I - first
-    head = row * H + h
-    do_ptr += b * stride_dob + r * stride_dor + h * stride_doh + first * stride_doi
-    do = load(do_ptr, i, stride_doi, in_range, D, False)
+    do_ptr += b * stride_dob + r * stride_dor + first * stride_doi
+    d = tl.arange(0, D)
+    offsets = (some // HEADS * stride_doi).to(tl.int64) + h * stride_doh
+    do_ptrs = tl.multiple_of(do_ptr + offsets[:, None] + d[None, :], (1, 16))
+    do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
     saved = (out_ptr, row_max_ptr, row_sum_ptr)
     left = (terms_ptr, sums_ptr, huge_ptr)
-    _max, _sum, logsum, delta, _huge = leave_terms(saved, left, do, b, r, h, block, (R, H, I, J), D, BLOCK_I)
+    _max, _sum, logsum, delta, is_usual, is_uniform = leave_terms(saved, left, do, row, h, i, in_range, (H, I, J), D)
+    of_head = pid % groups * HEADS + tl.arange(0, HEADS)
+    flag = flag_of(tl.reshape(is_usual, [BLOCK_I, HEADS]), tl.reshape(is_uniform, [BLOCK_I, HEADS]))
+    tl.store(huge_ptr + (row * H + of_head) * blocks + block, flag, mask=of_head < H)
     column = tl.arange(0, 16)[None, :]
     shift = -logsum / (tl.cast(scale, tl.float32) * LOG2E)
     x = _in_three(tl.where(column < 3, shift[:, None], -delta[:, None]), column % 3)
     x = tl.where((column < 3) | ((column > 5) & (column < 9)), x, tl.where(column < 6, 1.0, 0.0))
     x = tl.where(in_range[:, None], x, 0.0)
-    columns_ptr += (head * blocks + block) * (BLOCK_I * 16)
-    tl.store(columns_ptr + i[:, None] * 16 + column, x.to(tl.bfloat16))
+    place = (((row * H + h) * blocks + block) * BLOCK_I + some // HEADS) * 16
+    tl.store(columns_ptr + place[:, None] + column, x.to(tl.bfloat16), mask=(h < H)[:, None])
 
 
 class QueryTerms:
@@ -83,9 +91,20 @@ class QueryTerms:
 
     def __init__(self, grad_out: Tensor, J: int, scale: float) -> None:
         B, R, I, H, D = grad_out.shape
-        programs = B * R * H * triton.cdiv(I, 64)
-        self._shape = (programs * 64, 16)
-        given = {**arguments.strides("do", grad_out, "brihd"), "R": R, "H": H, "I": I, "J": J, "scale": scale, "D": D}
+        blocks = triton.cdiv(I, 64)
+        HEADS = min(4, triton.next_power_of_2(H))
+        self._shape = (B * R * H * blocks * 64, 16)
+        given = {
+            **arguments.strides("do", grad_out, "brihd"),
+            "R": R,
+            "H": H,
+            "I": I,
+            "J": J,
+            "scale": scale,
+            "D": D,
+            "HEADS": HEADS,
+        }
+        programs = B * R * blocks * triton.cdiv(H, HEADS)
         self._make = Launch(_triangle_attention_bwd_query_terms, programs, given, _TILE)
 
     def __call__(

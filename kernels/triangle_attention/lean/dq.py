@@ -6,6 +6,7 @@ import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.lean.keys import load_terms
 from trifast_inductor.kernels.triangle_attention.lean.operands import (
+    flag_of,
     head_of,
     leave_terms,
     load,
@@ -68,7 +69,11 @@ def dq_of_block(
 
     q = load(q_ptr + first * stride_qi, i, stride_qi, i_in_range, D, False)
     do = load(do_ptr + first * stride_doi, i, stride_doi, i_in_range, D, False)
-    row_max, log2_sum, logsum, delta, huge = leave_terms(saved, left, do, b, r, h, block, (R, H, I, J), D, BLOCK_I)
+    row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
+        saved, left, do, row, h, first + i, i_in_range, (H, I, J), D
+    )
+    huge = flag_of(is_usual, is_uniform)
+    tl.store(left[2] + (row * H + h) * blocks + block, huge)
     end = J
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
