@@ -63,9 +63,9 @@ def _only_value(key_ptr, stride_j, J, fill, KEY_TERM: tl.constexpr, BLOCK_J: tl.
 
 
 @triton.jit
-def _most(x):
-    """The largest number of a vector by size, infinite where there is a NaN."""
-    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0)
+def _size(x):
+    """|x|, infinite for a NaN."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
 
 
 @triton.jit
@@ -87,6 +87,7 @@ def _beside_a_term(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What no logit of the block is larger than by size, the term not counted, and the mean of v.
@@ -95,27 +96,28 @@ def _beside_a_term(
     """
     j = tl.arange(0, BLOCK)
     bias_ptrs = bias_ptr + offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
-    most_k = 0.0
-    most_bias = 0.0
-    sum_v = tl.zeros([BLOCK_D], tl.float32)
-    # Nothing is multiplied here, so that copies ahead are not made unless they are asked for.
-    for start in tl.range(0, J, BLOCK, num_stages=3):
+    # Nothing is reduced over a tile before the end: that takes barriers.
+    largest_k = tl.zeros([BLOCK], tl.float32)
+    largest_bias = tl.zeros([BLOCK_I, BLOCK], tl.float32)
+    sums_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    # Nothing is multiplied, so that copies ahead are not made unless they are asked for.
+    for start in tl.range(0, J, BLOCK, num_stages=4):
         in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
         v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0)
-        k = k.to(tl.float32)
-        bias = bias.to(tl.float32)
-        most_k = tl.maximum(most_k, _most(tl.sum(k * k, 1)))
-        most_bias = tl.maximum(most_bias, _most(tl.max(tl.where(bias == bias, tl.abs(bias), float("inf")), 1)))
-        sum_v += tl.sum(v.to(tl.float32), 0)
+        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0).to(tl.float32)
+        largest_k = tl.maximum(largest_k, _size(tl.sum(k * k, 1)))
+        largest_bias = tl.maximum(largest_bias, _size(bias))
+        sums_v += v.to(tl.float32)
         k_ptr += BLOCK * stride_kj
         v_ptr += BLOCK * stride_vj
         bias_ptrs += BLOCK * tl.cast(stride_bias_j, tl.int64)
     q = q.to(tl.float32)
-    most_q = _most(tl.sum(q * q, 1))
-    most = tl.sqrt(most_q) * tl.sqrt(most_k) * tl.abs(tl.cast(scale, tl.float32)) + most_bias
-    return most * 1.001, sum_v / J
+    most_q = tl.sqrt(tl.max(_size(tl.sum(q * q, 1)), 0))
+    most_k = tl.sqrt(tl.max(largest_k, 0))
+    most_bias = tl.max(tl.max(largest_bias, 1), 0)
+    most = most_q * most_k * tl.abs(tl.cast(scale, tl.float32)) + most_bias
+    return most * 1.001, tl.sum(sums_v, 0) / J
 
 
 @triton.jit
@@ -198,7 +200,7 @@ def _triangle_attention_fwd_again(
                     if value == value:
                         most, mean = _beside_a_term(
                             q, of_k, of_v, of_bias, i, i_in_range, stride_kj, stride_kd, stride_vj, stride_vd,
-                            stride_bias_i, stride_bias_j, J, scale, D, BLOCK_D, ALIGNED, BLOCK=64,
+                            stride_bias_i, stride_bias_j, J, scale, D, BLOCK_D, ALIGNED, BLOCK_I, BLOCK_J,
                         )  # fmt: skip
                         is_uniform = most < tl.abs(value) * ROUNDED_AWAY
                 if is_uniform:

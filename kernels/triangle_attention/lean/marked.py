@@ -133,11 +133,11 @@ def _triangle_attention_bwd_marked(
         b, r, h = _place(listed_ptr + heads + 2 + n // 2, R, H)
         if n % 2 == 0:
             dq_of_uniform_head(
-                b, r, h, operands, terms_ptr, dq_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=128
+                b, r, h, operands, terms_ptr, dq_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=64
             )  # fmt: skip
         else:
             dkdv_of_uniform_head(
-                b, r, h, operands, terms_ptr, dk_ptr, dv_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=128
+                b, r, h, operands, terms_ptr, dk_ptr, dv_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=64
             )  # fmt: skip
     # The blocks of a head side by side, those of queries first.
     parts = flags + tl.cdiv(J, BLOCK_J)

@@ -41,7 +41,7 @@ def dq_of_uniform_head(
         key_ptr += b * stride_key_b + r * stride_key_r
     n = tl.arange(0, BLOCK)
     vk = tl.zeros([D, D], tl.float32)
-    sum_k = tl.zeros([D], tl.float32)
+    sums_k = tl.zeros([BLOCK, D], tl.float32)  # added up after the loop, since that takes barriers
     for start in range(0, J, BLOCK):
         in_range = n < J - start
         k = load(k_ptr, n, stride_kj, in_range, D, False)
@@ -50,9 +50,10 @@ def dq_of_uniform_head(
             selected = load_key_term(key_ptr, start + n, in_range, stride_key_j, KEY_TERM)
             k = tl.where(selected[:, None], 0.0, k)
         vk = dot(tl.trans(v), k, vk, PRECISION)
-        sum_k += tl.sum(k.to(tl.float32), 0)
+        sums_k += k.to(tl.float32)
         k_ptr += BLOCK * tl.cast(stride_kj, tl.int64)
         v_ptr += BLOCK * tl.cast(stride_vj, tl.int64)
+    sum_k = tl.sum(sums_k, 0)
     factor = tl.cast(scale, tl.float32) / J
     terms_ptr += ((b * R + r) * H + h) * I * 2
     dq_ptr += ((b * R + r) * I * H + h) * D
@@ -95,19 +96,21 @@ def dkdv_of_uniform_head(
     n = tl.arange(0, BLOCK)
     terms_ptr += ((b * R + r) * H + h) * I * 2
     doq = tl.zeros([D, D], tl.float32)
-    sum_do = tl.zeros([D], tl.float32)
-    sum_q = tl.zeros([D], tl.float32)  # times δ
+    sums_do = tl.zeros([BLOCK, D], tl.float32)
+    sums_q = tl.zeros([BLOCK, D], tl.float32)  # times δ
     for start in range(0, I, BLOCK):
         in_range = n < I - start
         q = load(q_ptr, n, stride_qi, in_range, D, False)
         do = load(do_ptr, n, stride_doi, in_range, D, False)
         _logsum, delta = load_pairs(terms_ptr, I - start, 0.0, BLOCK, False)
         doq = dot(tl.trans(do), q, doq, PRECISION)
-        sum_do += tl.sum(do.to(tl.float32), 0)
-        sum_q += tl.sum(q.to(tl.float32) * delta[:, None], 0)
+        sums_do += do.to(tl.float32)
+        sums_q += q.to(tl.float32) * delta[:, None]
         q_ptr += BLOCK * tl.cast(stride_qi, tl.int64)
         do_ptr += BLOCK * tl.cast(stride_doi, tl.int64)
         terms_ptr += 2 * BLOCK
+    sum_do = tl.sum(sums_do, 0)
+    sum_q = tl.sum(sums_q, 0)
     factor = tl.cast(scale, tl.float32) / J
     first = ((b * R + r) * J * H + h) * D
     dk_ptr += first
