@@ -56,6 +56,7 @@ def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
     lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
     choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._SHORTEST = 1
+    dbias_choice._MOST_PADDED = float("inf")
     # `refusal` has it as a default.
     choice.refusal.__defaults__ = (1,)
     tuning.changed()

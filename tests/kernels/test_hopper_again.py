@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.testing import assert_within_budget, eager, random_inputs
+from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention.hopper import again, bias
+
+
+def compute_again(x: Inputs, out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor) -> None:
+    I, J = x.bias.shape[2:]
+    tiles = (-(-I // 64), -(-J // 64))
+    _, sizes = bias.Tiles(x.bias, 1.0, *tiles, 64, 64)(x.bias)
+    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    again.Again(*x.op, tiles, 64)(x.q, x.k, x.v, x.bias, key, sizes, out, row_max, row_sum)
 
 
 @pytest.mark.parametrize("heads_last", [False, True], ids=["bias of rows", "bias of heads"])
@@ -24,8 +32,7 @@ def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last)
     done = torch.zeros(row_sum.shape, dtype=torch.bool)
     row_sum[0, 0, 1, 100] = row_sum[0, 1, 0, 129] = float("nan")
     done[0, 0, 1, 64:128] = done[0, 1, 0, 128:] = True
-    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
-    again.Again(*x.op)(x.q, x.k, x.v, x.bias, key, out, row_max, row_sum)
+    compute_again(x, out, row_max, row_sum)
 
     exact = reference.forward(*x.to(torch.float64).op)
     rows = done.transpose(2, 3)
@@ -66,11 +73,10 @@ def test_rows_without_a_key(device, special, key_term, key_term_first):
         x.k[:, :, 5] = 1e4
     elif special == "one key seen":
         (x.key_bias if x.key_mask is None else x.key_mask)[..., 66] = 0
-    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
     out = torch.full((1, 2, 70, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
     row_max = torch.full((1, 2, 2, 70), 7.0, device=device)
     row_sum = torch.full_like(row_max, float("nan"))
-    again.Again(*x.op)(x.q, x.k, x.v, x.bias, key, out, row_max, row_sum)
+    compute_again(x, out, row_max, row_sum)
 
     of_reference = reference.forward(*x.to(torch.float32).op)
     torch.testing.assert_close(out.float(), of_reference[0], rtol=2e-2, atol=2e-2, equal_nan=True)
@@ -99,7 +105,11 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
     given[0, 0, 1, 8:15] = special  # in the other half of a word
     given = given.to(dtype).to(device)
     scale = 32**-0.5
-    x = _unpacked(bias.Tiles(given, 1 / scale, 2, 4, 64, 64)(given), dtype, 2, 2, 4).cpu()
+    words, sizes = bias.Tiles(given, 1 / scale, 2, 4, 64, 64)(given)
+    x = _unpacked(words, dtype, 2, 2, 4).cpu()
+    assert sizes[0, 0, 0, 0] == float("inf")
+    assert sizes[0, 1, 1, 1] == given[0, 1, 64:, 64:128].abs().max()
+    assert (sizes[..., 3] == 0).all()
 
     wanted = given[0].float().cpu() / scale
     close = wanted.abs() < 1e38

@@ -39,7 +39,7 @@ def fixed_shift(x: Inputs, shape: choice.Shape | None = None):
     """The Gluon kernel alone: NaN in a row sum asks for the block to be computed again."""
     q, k, v, bias, key_bias, key_mask, *_ = x.op
     key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-    return forward.Plan(*x.op, shape).fixed_shift(q, k, v, bias, key)
+    return forward.Plan(*x.op, shape).fixed_shift(q, k, v, bias, key)[:3]
 
 
 def launch(x: Inputs, shape: choice.Shape | None = None):

@@ -73,50 +73,43 @@ def _beside_a_term(
     q,
     k_ptr,
     v_ptr,
-    bias_ptr,
-    i,
-    i_in_range,
+    sizes_ptr,
     stride_kj,
     stride_kd,
     stride_vj,
     stride_vd,
-    stride_bias_i,
-    stride_bias_j,
     J,
+    tiles_j,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK_I: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What no logit of the block is larger than by size, the term not counted, and the mean of v.
 
-    The former is max|q|·max|k|·scale + max|bias|.
+    The former is max|q|·max|k|·scale + max|bias|. Nothing is reduced over a tile before the end: that takes barriers.
     """
-    j = tl.arange(0, BLOCK)
-    bias_ptrs = bias_ptr + offset(i, stride_bias_i)[:, None] + offset(j, stride_bias_j)[None, :]
-    # Nothing is reduced over a tile before the end: that takes barriers.
+    n = tl.arange(0, BLOCK)
     largest_k = tl.zeros([BLOCK], tl.float32)
-    largest_bias = tl.zeros([BLOCK_I, BLOCK], tl.float32)
     sums_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     # Nothing is multiplied, so that copies ahead are not made unless they are asked for.
-    for start in tl.range(0, J, BLOCK, num_stages=4):
-        in_range = j < J - start
-        k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
-        v = load_rows(v_ptr, j, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-        bias = tl.load(bias_ptrs, mask=i_in_range[:, None] & in_range[None, :], other=0.0).to(tl.float32)
+    for start in tl.range(0, J, BLOCK, num_stages=3):
+        in_range = n < J - start
+        k = load_rows(k_ptr, n, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
+        v = load_rows(v_ptr, n, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
         largest_k = tl.maximum(largest_k, _size(tl.sum(k * k, 1)))
-        largest_bias = tl.maximum(largest_bias, _size(bias))
         sums_v += v.to(tl.float32)
         k_ptr += BLOCK * stride_kj
         v_ptr += BLOCK * stride_vj
-        bias_ptrs += BLOCK * tl.cast(stride_bias_j, tl.int64)
+    largest_bias = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles_j, BLOCK):
+        tile = start + n
+        largest_bias = tl.maximum(largest_bias, tl.load(sizes_ptr + tile, mask=tile < tiles_j, other=0.0))
     q = q.to(tl.float32)
     most_q = tl.sqrt(tl.max(_size(tl.sum(q * q, 1)), 0))
     most_k = tl.sqrt(tl.max(largest_k, 0))
-    most_bias = tl.max(tl.max(largest_bias, 1), 0)
-    most = most_q * most_k * tl.abs(tl.cast(scale, tl.float32)) + most_bias
+    most = most_q * most_k * tl.abs(tl.cast(scale, tl.float32)) + tl.max(largest_bias, 0)
     return most * 1.001, tl.sum(sums_v, 0) / J
 
 
@@ -127,6 +120,7 @@ def _triangle_attention_fwd_again(
     v_ptr,
     bias_ptr,
     key_ptr,
+    sizes_ptr,  # [B, H, tiles_i, tiles_j]: no bias of a tile is larger by size
     out_ptr,  # [B, R, I, H, D] contiguous
     row_max_ptr,  # [B, R, H, I] contiguous
     row_sum_ptr,  # [B, R, H, I] contiguous
@@ -157,6 +151,8 @@ def _triangle_attention_fwd_again(
     H,
     I,
     J,
+    tiles_i,
+    tiles_j,
     scale,
     fill,
     D: tl.constexpr,
@@ -168,6 +164,7 @@ def _triangle_attention_fwd_again(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     EVEN_J: tl.constexpr,
+    TILE_I: tl.constexpr,  # queries of a tile
 ):
     programs = tl.num_programs(0)
     blocks = tl.cdiv(I, BLOCK_I)
@@ -198,9 +195,10 @@ def _triangle_attention_fwd_again(
                 if KEY_TERM != "none":
                     value = _only_value(of_key, stride_key_j, J, fill, KEY_TERM, 512)
                     if value == value:
+                        tile = ((b * H + h) * tiles_i + block % blocks * BLOCK_I // TILE_I) * tiles_j
                         most, mean = _beside_a_term(
-                            q, of_k, of_v, of_bias, i, i_in_range, stride_kj, stride_kd, stride_vj, stride_vd,
-                            stride_bias_i, stride_bias_j, J, scale, D, BLOCK_D, ALIGNED, BLOCK_I, BLOCK_J,
+                            q, of_k, of_v, sizes_ptr + tile, stride_kj, stride_kd, stride_vj, stride_vd,
+                            J, tiles_j, scale, D, BLOCK_D, ALIGNED, BLOCK=64,
                         )  # fmt: skip
                         is_uniform = most < tl.abs(value) * ROUNDED_AWAY
                 if is_uniform:
@@ -251,7 +249,10 @@ def _programs(device: int) -> int:
 
 
 class Again:
-    """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN."""
+    """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN.
+
+    The bias is in so many `tiles` of TILE_I queries, 64 or more, and of keys; their `sizes` are of `bias.Tiles`.
+    """
 
     def __init__(
         self,
@@ -264,6 +265,8 @@ class Again:
         scale: float,
         fill: float,
         key_term_first: bool,
+        tiles: tuple[int, int],
+        TILE_I: int,
     ) -> None:
         B, R, I, H, _ = q.shape
         # A bias whose heads lie innermost, as a Linear leaves them, is copied first: read two bytes at a time, a block
@@ -273,6 +276,9 @@ class Again:
             **arguments.shared(q, k, v, self._aligned(bias), key_bias, key_mask, scale, fill, key_term_first),
             **arguments.evenness(I, k.shape[2], _TILE),
             "B": B,
+            "tiles_i": tiles[0],
+            "tiles_j": tiles[1],
+            "TILE_I": TILE_I,
             "ALIGNED": arguments.rows_are_aligned(q, k, v),
         }
         programs = min(B * R * H * triton.cdiv(I, _TILE.BLOCK_I), _programs(q.get_device()))
@@ -285,8 +291,9 @@ class Again:
         v: Tensor,
         bias: Tensor,
         key: Tensor | None,
+        sizes: Tensor,
         out: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
     ) -> None:
-        self._run(q, k, v, self._aligned(bias), key, out, row_max, row_sum)
+        self._run(q, k, v, self._aligned(bias), key, sizes, out, row_max, row_sum)

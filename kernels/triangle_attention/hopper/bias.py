@@ -23,6 +23,7 @@ _TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
 def _bias_tiles(
     bias_ptr,
     tiles_ptr,
+    sizes_ptr,  # [B, H, tiles_i, tiles_j]: the largest of each by size, infinite where there is a NaN
     stride_b: tl.int64,
     stride_h: tl.int64,
     stride_i: tl.int64,
@@ -44,6 +45,8 @@ def _bias_tiles(
     bias_ptr += (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h
     ptrs = bias_ptr + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     bias = tl.load(ptrs, mask=in_range, other=0.0).to(tl.float32)
+    size = tl.where(bias == bias, tl.abs(bias), float("inf"))
+    tl.store(sizes_ptr + tile, tl.max(tl.max(size, 1), 0))
     x = bias * factor
     dtype: tl.constexpr = bias_ptr.dtype.element_ty
     # Where a bias is out of range, so is its logit, and the row's sum or shift shows it.
@@ -99,20 +102,24 @@ def _key_terms(
 
 
 class Tiles:
-    """Makes, of a 16-bit bias times a factor, int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied."""
+    """Makes, of a 16-bit bias times a factor, int32 words of two: `[tiles·BLOCK_I, BLOCK_J/2]`, as it is copied.
+
+    And the largest bias of each tile by size, without the factor: `[B, H, tiles_i, tiles_j]`.
+    """
 
     def __init__(self, bias: Tensor, factor: float, tiles_i: int, tiles_j: int, BLOCK_I: int, BLOCK_J: int) -> None:
         B, H, I, J = bias.shape
         count = B * H * tiles_i * tiles_j
-        self._shape = (count * BLOCK_I, BLOCK_J // 2)
+        self._shape, self._sizes_shape = (count * BLOCK_I, BLOCK_J // 2), (B, H, tiles_i, tiles_j)
         sizes = {"H": H, "I": I, "J": J, "tiles_i": tiles_i, "tiles_j": tiles_j, "factor": factor}
         given = {**arguments.strides("", bias, "bhij"), **sizes}
         self._make = Launch(_bias_tiles, count, given, Tile(BLOCK_I, BLOCK_J, num_warps=4, num_stages=1))
 
-    def __call__(self, bias: Tensor) -> Tensor:
+    def __call__(self, bias: Tensor) -> tuple[Tensor, Tensor]:
         words = torch.empty(self._shape, dtype=torch.int32, device=bias.device)
-        self._make(bias, words)
-        return words
+        sizes = torch.empty(self._sizes_shape, dtype=torch.float32, device=bias.device)
+        self._make(bias, words, sizes)
+        return words, sizes
 
 
 class KeyTerms:

@@ -15,8 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
-# Keys. At 256 the GPU takes a twentieth to a seventh less (D=32), but three or four launches more host time than that.
-_SHORTEST = 384
+_SHORTEST = 256  # keys: at 256 a thirtieth to an eighth less than the portable kernel, a quarter with four in a batch
 _FEWEST_ITEMS = 512  # blocks of queries, about four for each multiprocessor: a guess
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 

@@ -220,7 +220,8 @@ class Plan:
         items = B * row_groups * H * groups
         self._shape, self._statistics_shape = (B, R, I, H, D), (B, R, H, I)
         key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-        self._words = bias_pass.Tiles(bias, 1 / scale, groups * shape.BLOCKS, stages * shape.TILES, BLOCK_I, BLOCK_J)
+        tiles = (groups * shape.BLOCKS, stages * shape.TILES)
+        self._words = bias_pass.Tiles(bias, 1 / scale, *tiles, BLOCK_I, BLOCK_J)
         self._key_terms = None if key is None else bias_pass.KeyTerms(key, scale, stages, STAGE_J)
         given = {
             "R": R,
@@ -245,19 +246,19 @@ class Plan:
         }
         programs = min(items, multiprocessors(q.get_device()))
         self._attend = CopyingLaunch(_triangle_attention_fwd_hopper, programs, given, shape.NUM_WARPS, boxes)
-        self._again = again.Again(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
+        self._again = again.Again(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, tiles, BLOCK_I)
 
     def fixed_shift(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The results but for rows for which a fixed shift is no good: their row sum is NaN."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results but for rows for which a fixed shift is no good: their row sum is NaN. And sizes of the bias."""
         out = torch.empty(self._shape, dtype=q.dtype, device=q.device)
         row_max = torch.empty(self._statistics_shape, dtype=torch.float32, device=q.device)
         row_sum = torch.empty_like(row_max)
-        words = self._words(bias)
+        words, sizes = self._words(bias)
         terms, flags = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
         self._attend(q, k, v, words, terms, flags, out, row_max, row_sum)
-        return out, row_max, row_sum
+        return out, row_max, row_sum, sizes
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_bias: Tensor | None, key_mask: Tensor | None
@@ -267,6 +268,6 @@ class Plan:
         The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
         """
         key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-        out, row_max, row_sum = self.fixed_shift(q, k, v, bias, key)
-        self._again(q, k, v, bias, key, out, row_max, row_sum)
+        out, row_max, row_sum, sizes = self.fixed_shift(q, k, v, bias, key)
+        self._again(q, k, v, bias, key, sizes, out, row_max, row_sum)
         return out, row_max, row_sum
