@@ -70,7 +70,7 @@ def test_what_it_does_not_serve(a_hopper, options, reason):
 
 @pytest.mark.parametrize(
     ("I", "J", "reason"),
-    [(384, 384, None), (500, 512, None), (448, 448, "do not fit 448"), (512, 520, "do not fit"), (512, 256, "256 keys")],
+    [(384, 384, None), (500, 512, None), (448, 448, "do not fit 448"), (512, 530, "fit 512"), (512, 256, "256 keys")],
 )
 def test_lengths_of_the_sum_over_rows(a_hopper, monkeypatch, I, J, reason):
     """Tiles of 128 by 128 that are mostly whole."""
