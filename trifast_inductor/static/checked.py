@@ -24,6 +24,7 @@ def checked_variants() -> list[tuple[Variant, str]]:
         Variant("bfloat16", 64, "add", bias=True),
         Variant("bfloat16", 128, "add", bias=True),
         Variant("float32", 32, "add", bias=True),
+        *(Variant("bfloat16", 32, "add", bias=True, N=N) for N in (64, 128)),
     ]
     # Triton 3.6 fails on the dbias kernel for gfx942, in TritonAMDGPUConvertToBufferOps; 3.9 does not.
     everywhere = [arch for arch in TARGETS if (arch, triton_version()) != ("gfx942", "3.6")]

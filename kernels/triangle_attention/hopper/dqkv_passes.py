@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms
+from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms, load
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
@@ -63,17 +63,19 @@ def _triangle_attention_bwd_query_terms(
     r = row % R
     some = tl.arange(0, BLOCK_I * HEADS)
     h = pid % groups * HEADS + some % HEADS
-    i = block * BLOCK_I + some // HEADS
-    in_range = (i < I) & (h < H)
+    i = some // HEADS
+    in_range = (i < I - block * BLOCK_I) & (h < H)
     first = (block * BLOCK_I).to(tl.int64)
     do_ptr += b * stride_dob + r * stride_dor + first * stride_doi
     d = tl.arange(0, D)
-    offsets = (some // HEADS * stride_doi).to(tl.int64) + h * stride_doh
+    offsets = (i * stride_doi).to(tl.int64) + h * stride_doh
     do_ptrs = tl.multiple_of(do_ptr + offsets[:, None] + d[None, :], (1, 16))
     do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
-    saved = (out_ptr, row_max_ptr, row_sum_ptr)
+    out = load(out_ptr + (row * I + first) * H * D, i * H + h, D, in_range, D, False)
     left = (terms_ptr, sums_ptr, huge_ptr)
-    _max, _sum, logsum, delta, is_usual, is_uniform = leave_terms(saved, left, do, row, h, i, in_range, (H, I, J), D)
+    _max, _sum, logsum, delta, is_usual, is_uniform = leave_terms(
+        (row_max_ptr, row_sum_ptr), left, out, do, row, h, first, i, in_range, (H, I, J)
+    )
     of_head = pid % groups * HEADS + tl.arange(0, HEADS)
     flag = flag_of(tl.reshape(is_usual, [BLOCK_I, HEADS]), tl.reshape(is_uniform, [BLOCK_I, HEADS]))
     tl.store(huge_ptr + (row * H + of_head) * blocks + block, flag, mask=of_head < H)
@@ -82,7 +84,7 @@ def _triangle_attention_bwd_query_terms(
     x = _in_three(tl.where(column < 3, shift[:, None], -delta[:, None]), column % 3)
     x = tl.where((column < 3) | ((column > 5) & (column < 9)), x, tl.where(column < 6, 1.0, 0.0))
     x = tl.where(in_range[:, None], x, 0.0)
-    place = (((row * H + h) * blocks + block) * BLOCK_I + some // HEADS) * 16
+    place = (((row * H + h) * blocks + block) * BLOCK_I + i) * 16
     tl.store(columns_ptr + place[:, None] + column, x.to(tl.bfloat16), mask=(h < H)[:, None])
 
 

@@ -62,7 +62,9 @@ def dkdv_of_block(
 
     q_ptr, stride_qi = head_of(of_q, b, r, h)
     k_ptr, stride_kj = head_of(of_k, b, r, h)
+    k_ptr += first * stride_kj
     v_ptr, stride_vj = head_of(of_v, b, r, h)
+    v_ptr += first * stride_vj
     do_ptr, stride_doi = head_of(of_do, b, r, h)
     if HAS_BIAS:
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(I, SIDE) * SQUARE
@@ -84,8 +86,8 @@ def dkdv_of_block(
     # Queries that are walked in the short form.
     short = tl.where(huge != 0, 0, last // BLOCK_I * BLOCK_I)
 
-    k = load(k_ptr + first * stride_kj, j, stride_kj, j_in_range, D, False)
-    v = load(v_ptr + first * stride_vj, j, stride_vj, j_in_range, D, False)
+    k = load(k_ptr, j, stride_kj, j_in_range, D, False)
+    v = load(v_ptr, j, stride_vj, j_in_range, D, False)
     factor = tl.cast(scale, tl.float32) * LOG2E
     dk = tl.zeros([BLOCK_J, D], tl.float32)
     dv = tl.zeros([BLOCK_J, D], tl.float32)

@@ -60,17 +60,21 @@ def dq_of_block(
     row = b * R + r
 
     q_ptr, stride_qi = head_of(of_q, b, r, h)
+    q_ptr += first * stride_qi
     k_ptr, stride_kj = head_of(of_k, b, r, h)
     v_ptr, stride_vj = head_of(of_v, b, r, h)
     do_ptr, stride_doi = head_of(of_do, b, r, h)
+    do_ptr += first * stride_doi
     if HAS_BIAS:
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(J, SIDE) * SQUARE
     out_offset = ((row * I + first) * H + h) * D
 
-    q = load(q_ptr + first * stride_qi, i, stride_qi, i_in_range, D, False)
-    do = load(do_ptr + first * stride_doi, i, stride_doi, i_in_range, D, False)
+    q = load(q_ptr, i, stride_qi, i_in_range, D, False)
+    do = load(do_ptr, i, stride_doi, i_in_range, D, False)
+    out_ptr, row_max_ptr, row_sum_ptr = saved
+    out = load(out_ptr + out_offset, i, H * D, i_in_range, D, False)
     row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
-        saved, left, do, row, h, first + i, i_in_range, (H, I, J), D
+        (row_max_ptr, row_sum_ptr), left, out, do, row, h, first, i, i_in_range, (H, I, J)
     )
     huge = flag_of(is_usual, is_uniform)
     tl.store(left[2] + (row * H + h) * blocks + block, huge)

@@ -52,7 +52,9 @@ def dkdv_of_block(
 
     q_ptr, stride_qi, stride_qd = head_of(of_q, b, r, h)
     k_ptr, stride_kj, stride_kd = head_of(of_k, b, r, h)
+    k_ptr += first * stride_kj
     v_ptr, stride_vj, stride_vd = head_of(of_v, b, r, h)
+    v_ptr += first * stride_vj
     do_ptr, stride_doi, stride_dod = head_of(of_do, b, r, h)
     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_i, stride_bias_j = of_bias
     key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
@@ -62,8 +64,8 @@ def dkdv_of_block(
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r + first * tl.cast(stride_key_j, tl.int64)
 
-    k = load_rows(k_ptr + first * stride_kj, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
-    v = load_rows(v_ptr + first * stride_vj, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+    k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+    v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
     key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
     dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)

@@ -50,9 +50,11 @@ def dq_of_block(
     i_in_range = within(i, I - first, EVEN_I)
 
     q_ptr, stride_qi, stride_qd = head_of(of_q, b, r, h)
+    q_ptr += first * stride_qi
     k_ptr, stride_kj, stride_kd = head_of(of_k, b, r, h)
     v_ptr, stride_vj, stride_vd = head_of(of_v, b, r, h)
     do_ptr, stride_doi, stride_dod = head_of(of_do, b, r, h)
+    do_ptr += first * stride_doi
     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_i, stride_bias_j = of_bias
     key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
     if HAS_BIAS:
@@ -61,8 +63,8 @@ def dq_of_block(
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
 
-    q = load_rows(q_ptr + first * stride_qi, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
-    do = load_rows(do_ptr + first * stride_doi, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+    q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
+    do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
     out_ptr, row_max_ptr, row_sum_ptr, terms_ptr = saved_of_block(saved, b, r, h, first, sizes, D)
     row_max, log2_sum, delta = query_terms(
         out_ptr, row_max_ptr, row_sum_ptr, terms_ptr, do, i, i_in_range, I, H, D, BLOCK_D, TERMS_ARE_LEFT=False
