@@ -62,7 +62,7 @@ class _Plan:
 
 
 class _Portable:
-    """The kernels of this file for such shapes, with a bias that they can read."""
+    """The kernels of `portable/` for such shapes, with a bias that they can read."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ def portable(
     key_term_first: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `launch`, by the kernels of this file whatever the device."""
+    """As `launch`, by the kernels of `portable/` whatever the device."""
     given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
     return _run(_planned(*given), *given, out=out, row_max=row_max, row_sum=row_sum)
 
