@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.hopper.bias import size_of
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.logits import (
@@ -63,12 +64,6 @@ def _only_value(key_ptr, stride_j, J, fill, KEY_TERM: tl.constexpr, BLOCK_J: tl.
 
 
 @triton.jit
-def _size(x):
-    """|x|, infinite for a NaN."""
-    return tl.where(x == x, tl.abs(x), float("inf"))
-
-
-@triton.jit
 def _beside_a_term(
     q,
     k_ptr,
@@ -98,7 +93,7 @@ def _beside_a_term(
         in_range = n < J - start
         k = load_rows(k_ptr, n, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED).to(tl.float32)
         v = load_rows(v_ptr, n, in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-        largest_k = tl.maximum(largest_k, _size(tl.sum(k * k, 1)))
+        largest_k = tl.maximum(largest_k, size_of(tl.sum(k * k, 1)))
         sums_v += v.to(tl.float32)
         k_ptr += BLOCK * stride_kj
         v_ptr += BLOCK * stride_vj
@@ -107,7 +102,7 @@ def _beside_a_term(
         tile = start + n
         largest_bias = tl.maximum(largest_bias, tl.load(sizes_ptr + tile, mask=tile < tiles_j, other=0.0))
     q = q.to(tl.float32)
-    most_q = tl.sqrt(tl.max(_size(tl.sum(q * q, 1)), 0))
+    most_q = tl.sqrt(tl.max(size_of(tl.sum(q * q, 1)), 0))
     most_k = tl.sqrt(tl.max(largest_k, 0))
     most = most_q * most_k * tl.abs(tl.cast(scale, tl.float32)) + tl.max(largest_bias, 0)
     return most * 1.001, tl.sum(sums_v, 0) / J

@@ -20,6 +20,12 @@ _TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
 
 
 @triton.jit
+def size_of(x):
+    """|x|, infinite for a NaN."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
 def _bias_tiles(
     bias_ptr,
     tiles_ptr,
@@ -45,8 +51,7 @@ def _bias_tiles(
     bias_ptr += (bh // H).to(tl.int64) * stride_b + (bh % H).to(tl.int64) * stride_h
     ptrs = bias_ptr + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     bias = tl.load(ptrs, mask=in_range, other=0.0).to(tl.float32)
-    size = tl.where(bias == bias, tl.abs(bias), float("inf"))
-    tl.store(sizes_ptr + tile, tl.max(tl.max(size, 1), 0))
+    tl.store(sizes_ptr + tile, tl.max(tl.max(size_of(bias), 1), 0))
     x = bias * factor
     dtype: tl.constexpr = bias_ptr.dtype.element_ty
     # Where a bias is out of range, so is its logit, and the row's sum or shift shows it.
