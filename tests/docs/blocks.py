@@ -64,7 +64,7 @@ def _indented(page: Path, text: str) -> list[Block]:
             page, _line(text, found.start()), "sh", re.sub("^ {4}", "", found[0], flags=re.MULTILINE), "hours or a GPU"
         )
         for found in _INDENTED.finditer(without)
-        if not re.search(r"^(?:[-*]|\d+\.) .*\n(?: {2,}.*\n)*\n\Z", without[: found.start()], re.MULTILINE)
+        if not re.search(r"^(?:[-*]|\d+\.) .*\n(?:  .*\n)*\n\Z", without[: found.start()], re.MULTILINE)
     ]
 
 
