@@ -7,16 +7,15 @@ read all the same. In docs/benchmarks/ an indented block is `sh`, too, and parse
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+
 CHECKOUT = Path(__file__).parents[2]
 LANGUAGES = {"python", "sh", "text"}
-_FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}.*\n)+", re.MULTILINE)
-_NOTE = re.compile(r"<!-- parsed only: (.+?) -->\n\Z")
+_NOTE = re.compile(r"<!-- parsed only: (.+?) -->\n")
 
 
 @dataclass(frozen=True)
@@ -37,36 +36,17 @@ def pages() -> list[Path]:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    fences = list(_FENCE.finditer(text))
+    """Those of a page in order, as CommonMark has them: what goes on with an item of a list is no block of its own."""
+    tokens = [token for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")) if token.map]
     blocks = []
-    for fence, following in itertools.zip_longest(fences, fences[1:]):
-        note = _NOTE.search(text[: fence.start()])
-        printed = following is not None and following[1] == "text" and not text[fence.end() : following.start()].strip()
-        blocks.append(
-            Block(
-                page,
-                _line(text, fence.start(2)),
-                fence[1],
-                fence[2],
-                parsed_only=note[1] if note else "",
-                output=following[2] if printed and following is not None else None,
-            )
-        )
-    return sorted([*blocks, *_indented(page, text)], key=lambda block: block.line)
-
-
-def _indented(page: Path, text: str) -> list[Block]:
-    """Those between the fences, whose lines are kept for their numbers."""
-    without = _FENCE.sub(lambda fence: re.sub(r"[^\n]+", "", fence[0]), text)
-    return [
-        Block(
-            page, _line(text, found.start()), "sh", re.sub("^ {4}", "", found[0], flags=re.MULTILINE), "hours or a GPU"
-        )
-        for found in _INDENTED.finditer(without)
-        if not re.search(r"^(?:[-*]|\d+\.) .*\n(?:  .*\n)*\n\Z", without[: found.start()], re.MULTILINE)
-    ]
-
-
-def _line(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
+    for before, token, after in zip([None, *tokens], tokens, [*tokens[1:], None], strict=False):
+        first, _ = token.map
+        if token.type == "fence":
+            note = before and _NOTE.fullmatch(before.content)
+            printed = after is not None and after.type == "fence" and after.info == "text"
+            reason = note[1] if note else ""
+            output = after.content if printed else None
+            blocks.append(Block(page, first + 2, token.info, token.content, reason, output))
+        elif token.type == "code_block":
+            blocks.append(Block(page, first + 1, "sh", token.content, "hours or a GPU"))
+    return blocks
