@@ -199,7 +199,8 @@ def error_floors(x: Inputs, exact: dict[str, Tensor], *, rereads_output: bool = 
     Eager is no measure where one key takes all the weight: its probabilities are then 1 and 0 exactly. Allowed to any
     kernel that sums in float32, with u = 2⁻²⁴ and all maxima over the tensors:
 
-        a weight is off by u·max Σ_d |q·k|·scale of itself (`logits_rounding`), and with it each result;
+        a weight is off by u·max Σ_d |q·k|·scale of itself (`logits_rounding`), and with it the output; by twice that in
+            a backward that sums the logits again, less a maximum that the forward summed, and with it each gradient;
         dp - δ cancels to no less than 2u·max Σ_d |g·v|, which reaches dq, dk and dbias.
 
     With `rereads_output`, δ is besides off by e = ½·eps·√Σ_d (g·out)², the sum of D roundings of the output:
@@ -211,7 +212,7 @@ def error_floors(x: Inputs, exact: dict[str, Tensor], *, rereads_output: bool = 
         return floors
     weight = logits_rounding(x)
     for name, value in exact.items():
-        floors[name] += weight * _largest(x.v if name == "out" else value)
+        floors[name] += weight * _largest(x.v) if name == "out" else 2 * weight * _largest(value)
     wide = x.to(torch.float64)
     products = torch.einsum("brihd,brjhd->brhij", wide.grad_out.abs(), wide.v.abs())
     left = torch.finfo(torch.float32).eps * products.max().item()
@@ -233,8 +234,7 @@ def error_floors(x: Inputs, exact: dict[str, Tensor], *, rereads_output: bool = 
 def logits_rounding(x: Inputs) -> float:
     """Relative error of a softmax weight whose logit was summed in float32 in some other order than eager's.
 
-    Half a unit in the last place of Σ_d |q·k|·scale. It matters where eager is exact by having one key only,
-    and in a backward, which need not sum the logits in the order of the forward that found the maximum.
+    Half a unit in the last place of Σ_d |q·k|·scale. It matters where eager is exact by having one key only.
     """
     if 0 in x.q.shape or 0 in x.k.shape:
         return 0.0

@@ -1,4 +1,4 @@
-"""The kernels' small cases on the CPU, in a process of their own: Triton reads TRITON_INTERPRET once."""
+"""The kernels' small cases on the CPU, in processes of their own: Triton reads TRITON_INTERPRET once."""
 
 import os
 import re
@@ -16,20 +16,33 @@ def _version(module: object) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process already")
+# Those that take longest first: each is given to whichever worker is free.
+FILES = (
+    "backward",
+    "hopper_dqkv_passes",
+    "lean_backward",
+    "forward",
+    "hopper_again",
+    "budget",
+    "masked_rows",
+    "launching",
+    "hopper_dbias_passes",
+    "hopper_choice",
+)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is such a process already")
 @pytest.mark.skipif(
     _version(triton) < (3, 7) and _version(numpy) >= (2, 4),
     reason="the interpreter of triton 3.6 fails with numpy 2.4: only 0-dimensional arrays can be converted",
 )
-def test_kernels_under_the_interpreter():
+@pytest.mark.parametrize("file", FILES)
+def test_under_the_interpreter(file: str) -> None:
     here = Path(__file__).parent
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors too small to share
     options = ["-m", "not gpu", "-k", "not on_the_cpu", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    names = ("forward", "backward", "lean_backward", "launching", "budget", "masked_rows")
-    hopper = ("hopper_again", "hopper_choice", "hopper_dbias_passes", "hopper_dqkv_passes")
-    files = [str(here / f"test_{name}.py") for name in (*names, *hopper)]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
+        [sys.executable, "-m", "pytest", *options, str(here / f"test_{file}.py")],
         cwd=here.parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "1", **threads},
         capture_output=True,
@@ -38,7 +51,7 @@ def test_kernels_under_the_interpreter():
     )
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
-    # About as many as there are: a process that collects nothing must not pass.
+    # A process that collects nothing, or next to nothing, must not pass.
     assert passed, run.stdout
-    assert int(passed[1]) >= 100, run.stdout
+    assert int(passed[1]) > 5, run.stdout
     assert "skipped" not in run.stdout, run.stdout
