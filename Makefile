@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## fold-trunk demo on two real proteins: eager, inductor, t
 	@$(RUN)/python -m trifast_inductor demo
 
 test check: lint ## all that CI runs: lint, types, the whole test-suite on all cores, the site
-	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto -W ignore
+	@OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist worksteal -W ignore
 
 lint: $(VENV)/.ready ## format, lint and types, without a change
 	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy
