@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
@@ -198,24 +198,20 @@ def _run(
     plan: _Plan, *given: Any, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
-    # Allocated dense: `empty_like` would keep the strides of an input.
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=q.dtype, device=q.device)
-    dv = torch.empty_like(dk)
-    dbias = torch.empty(plan.dbias_shape, dtype=plan.dbias_dtype, device=q.device)
-    if plan.is_empty:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
-
-    out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
     with on_device_of(q):
+        dq, dk, dv = (memory.empty(t.shape, q.dtype, q) for t in (q, k, v))
+        dbias = memory.empty(plan.dbias_shape, plan.dbias_dtype, q)
+        if plan.is_empty:
+            return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
         if plan.portable is None:
             plan.portable = _Portable(*given)
         run = plan.portable
+        out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
         read = (q, k, v, run.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
-        sums_of_ds = dbias if run.sum is None else torch.empty(run.parts_shape, dtype=torch.float32, device=q.device)
+        sums_of_ds = dbias if run.sum is None else memory.empty(run.parts_shape, torch.float32, q)
         terms = None
         if run.dq is not None:
-            terms = torch.empty(run.terms_shape, dtype=torch.float32, device=q.device)
+            terms = memory.empty(run.terms_shape, torch.float32, q)
             run.dq(*read, out, row_max, row_sum, terms, dq)
         if run.together is not None:
             run.together(*read, out, row_max, row_sum, terms, dq, dk, dv, sums_of_ds)

@@ -5,12 +5,11 @@ pointer of its own, once for each row r. A copy has the size of the bias, and is
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
@@ -57,6 +56,6 @@ class AlignedRows:
     def __call__(self, bias: Tensor | None) -> Tensor | None:
         if bias is None or self._copy is None:
             return bias
-        rows = torch.empty(self._shape, dtype=bias.dtype, device=bias.device)
+        rows = memory.empty(self._shape, bias.dtype, bias)
         self._copy(bias, rows)
         return rows

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, tiling, validation
+from trifast_inductor.kernels.triangle_attention import arguments, memory, tiling, validation
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
@@ -262,14 +262,14 @@ def portable(
 
 def _run(plan: _Plan, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, bias, key_bias, key_mask, *_ = given
-    out = torch.empty(plan.out_shape, dtype=q.dtype, device=q.device)
-    row_max = torch.empty(plan.statistics_shape, dtype=torch.float32, device=q.device)
-    row_sum = torch.empty_like(row_max)
-    if plan.is_empty:
-        if plan.has_no_keys:
-            return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
-        return out, row_max, row_sum
     with on_device_of(q):
+        out = memory.empty(plan.out_shape, q.dtype, q)
+        row_max = memory.empty(plan.statistics_shape, torch.float32, q)
+        row_sum = memory.empty(plan.statistics_shape, torch.float32, q)
+        if plan.is_empty:
+            if plan.has_no_keys:
+                return out.zero_(), row_max.fill_(float("-inf")), row_sum.zero_()
+            return out, row_max, row_sum
         if plan.portable is None:
             plan.portable = _Portable(*given)
         key_term = key_bias if key_mask is None else key_mask

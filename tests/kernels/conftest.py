@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trifast_inductor.kernels.triangle_attention import memory
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -225,7 +226,7 @@ def far_inputs(near_inputs: Inputs, device: str) -> Inputs:
 
 @pytest.fixture(autouse=True)
 def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` gives NaN: what a kernel leaves unwritten, or reads before it is written, shows."""
+    """What is allocated is NaN: what a kernel leaves unwritten, or reads before it is written, shows."""
 
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -235,5 +236,5 @@ def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return nan_filled
 
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    for module, name in ((torch, "empty"), (torch, "empty_like"), (memory, "empty")):
+        monkeypatch.setattr(module, name, filled(getattr(module, name)))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
@@ -121,8 +121,8 @@ class Tiles:
         self._make = Launch(_bias_tiles, count, given, Tile(BLOCK_I, BLOCK_J, num_warps=4, num_stages=1))
 
     def __call__(self, bias: Tensor) -> tuple[Tensor, Tensor]:
-        words = torch.empty(self._shape, dtype=torch.int32, device=bias.device)
-        sizes = torch.empty(self._sizes_shape, dtype=torch.float32, device=bias.device)
+        words = memory.empty(self._shape, torch.int32, bias)
+        sizes = memory.empty(self._sizes_shape, torch.float32, bias)
         self._make(bias, words, sizes)
         return words, sizes
 
@@ -137,7 +137,7 @@ class KeyTerms:
     def __init__(self, key: Tensor, scale: float, stages: int, STAGE_J: int) -> None:
         B, R, J = key.shape
         programs = B * R * stages
-        self._terms, self._flags = programs * STAGE_J, programs + 1
+        self._terms, self._flags = (programs * STAGE_J,), (programs + 1,)
         given = {
             **arguments.strides("", key, "brj"),
             "R": R,
@@ -150,7 +150,7 @@ class KeyTerms:
         self._make = Launch(_key_terms, programs, given, _TILE)
 
     def __call__(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        terms = torch.empty(self._terms, dtype=torch.float32, device=key.device)
-        flags = torch.empty(self._flags, dtype=torch.int32, device=key.device)
+        terms = memory.empty(self._terms, torch.float32, key)
+        flags = memory.empty(self._flags, torch.int32, key)
         self._make(key, terms, flags)
         return terms, flags

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
@@ -334,7 +334,7 @@ class Plan:
         """
         if key is not None and not key.is_floating_point():
             key = key.view(torch.uint8)
-        parts = torch.empty(self._parts_shape, dtype=torch.float32, device=q.device)
+        parts = memory.empty(self._parts_shape, torch.float32, q)
         row_tiles, far = self._row_terms(grad_out, terms, sums)
         key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
         self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, key_bits, parts)

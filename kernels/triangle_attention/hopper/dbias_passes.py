@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 from trifast_inductor.kernels.triangle_attention.logits import (
@@ -311,8 +311,8 @@ class RowTerms:
         self._make = Launch(_triangle_attention_bwd_dbias_row_terms, programs, given, _TILE)
 
     def __call__(self, grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = torch.empty(self._tiles_shape, dtype=torch.float32, device=terms.device)
-        far = torch.empty(self._far_shape, dtype=torch.int32, device=terms.device)
+        tiles = memory.empty(self._tiles_shape, torch.float32, terms)
+        far = memory.empty(self._far_shape, torch.int32, terms)
         self._make(grad_out, terms, sums, tiles, far)
         return tiles, far
 
@@ -331,8 +331,8 @@ class KeyTerms:
         self._make = Launch(_triangle_attention_bwd_dbias_key_terms, B * tiles_j * words, given, tile)
 
     def __call__(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = torch.empty(self._tiles_shape, dtype=torch.float32, device=key.device)
-        bits = torch.empty(self._bits_shape, dtype=torch.int32, device=key.device)
+        tiles = memory.empty(self._tiles_shape, torch.float32, key)
+        bits = memory.empty(self._bits_shape, torch.int32, key)
         self._make(key, tiles, bits)
         return tiles, bits
 
@@ -348,7 +348,7 @@ class FarRows:
         self._make = Launch(_triangle_attention_bwd_dbias_list_far, math.prod(tiles), given, _TILE)
 
     def __call__(self, far: Tensor) -> Tensor:
-        rows = torch.empty(self._shape, dtype=torch.int32, device=far.device)
+        rows = memory.empty(self._shape, torch.int32, far)
         self._make(far, rows)
         return rows
 
@@ -389,6 +389,6 @@ class Finish:
         far: Tensor,
         parts: Tensor,
     ) -> Tensor:
-        dbias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+        dbias = memory.empty(bias.shape, bias.dtype, bias)
         self._run(q, k, v, bias, key, grad_out, terms, sums, self._rows(far), parts, dbias)
         return dbias

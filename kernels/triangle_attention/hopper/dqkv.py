@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
@@ -455,7 +455,7 @@ class Plan:
             terms: as `dqkv_passes.QueryTerms` makes them.
             listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
-        sums = torch.empty(self._sums_shape, dtype=torch.float32, device=q.device)
+        sums = memory.empty(self._sums_shape, torch.float32, q)
         key = key.view(torch.uint8) if key is not None and self._key_is_mask else key
         self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), listed, key, sums, *gradients)
         return True

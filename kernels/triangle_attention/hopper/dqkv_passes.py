@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms, load
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
@@ -113,6 +113,6 @@ class QueryTerms:
         self, grad_out: Tensor, out: Tensor, row_max: Tensor, row_sum: Tensor, left: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         """Columns `[B·R·H·blocks·64, 16]`; `left` takes L and δ, row maximum and log2 of the row sum, what is huge."""
-        columns = torch.empty(self._shape, dtype=torch.bfloat16, device=out.device)
+        columns = memory.empty(self._shape, torch.bfloat16, out)
         self._make(grad_out, out, row_max, row_sum, *left, columns)
         return columns

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
+from trifast_inductor.kernels.triangle_attention import memory
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
@@ -252,9 +253,9 @@ class Plan:
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The results but for rows for which a fixed shift is no good: their row sum is NaN. And sizes of the bias."""
-        out = torch.empty(self._shape, dtype=q.dtype, device=q.device)
-        row_max = torch.empty(self._statistics_shape, dtype=torch.float32, device=q.device)
-        row_sum = torch.empty_like(row_max)
+        out = memory.empty(self._shape, q.dtype, q)
+        row_max = memory.empty(self._statistics_shape, torch.float32, q)
+        row_sum = memory.empty(self._statistics_shape, torch.float32, q)
         words, sizes = self._words(bias)
         terms, flags = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
         self._attend(q, k, v, words, terms, flags, out, row_max, row_sum)

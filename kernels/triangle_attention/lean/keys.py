@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.words import LOUD
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
@@ -103,7 +103,7 @@ class Keys:
         """Terms and spans."""
         if key is None:
             return None, None
-        terms = torch.empty(self._terms_shape, dtype=torch.float32, device=key.device)
-        spans = torch.empty((*self._terms_shape[:2], 2), dtype=torch.int32, device=key.device)
+        terms = memory.empty(self._terms_shape, torch.float32, key)
+        spans = memory.empty((*self._terms_shape[:2], 2), torch.int32, key)
         self._prepare(key, loud, terms, spans)
         return terms, spans

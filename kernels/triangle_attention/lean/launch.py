@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, sums, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
@@ -161,7 +161,7 @@ class Plan:
         if self._dqkv_on_hopper is None:
             return None
         columns = self._query_terms(grad_out, out, row_max, row_sum, left)
-        marked = torch.empty(self._marked_shape, dtype=torch.int32, device=q.device)
+        marked = memory.empty(self._marked_shape, torch.int32, q)
         self._list(left[2], spans, marked)
         given = (grad_out, q, k, v, words, key, columns, marked, gradients)
         return marked if hopper.attempt(self._dqkv_on_hopper, *given) else None
@@ -179,7 +179,7 @@ class Plan:
         row_sum: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         def empty(shape: Any, dtype: torch.dtype = q.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=q.device)
+            return memory.empty(shape, dtype, q)
 
         dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
         terms, row_sums = (empty(self._terms_shape, torch.float32) for _ in range(2))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
@@ -91,7 +91,7 @@ class Words:
         """`[i, j]`, `[j, i]`, and which squares hold anything loud."""
         if bias is None or self._make is None:
             return None, None, None
-        words = torch.empty((2, self._squares * SQUARE.value), dtype=torch.int32, device=bias.device)
-        loud = torch.empty(self._loud_shape, dtype=torch.int32, device=bias.device)
+        words = memory.empty((2, self._squares * SQUARE.value), torch.int32, bias)
+        loud = memory.empty(self._loud_shape, torch.int32, bias)
         self._make(bias, words, loud)
         return words[0], words[1], loud
