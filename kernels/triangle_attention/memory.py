@@ -26,12 +26,7 @@ _on_cpu = _of_inductor("_empty_strided_cpu")
 
 @functools.lru_cache(maxsize=4096)
 def _sizes_and_strides(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(1, size)
-    return tuple(shape), tuple(reversed(strides))
+    return tuple(shape), torch.empty(shape, device="meta").stride()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Tensor:
