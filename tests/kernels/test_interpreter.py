@@ -16,19 +16,19 @@ def _version(module: object) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-# Those that take longest first: each is given to whichever worker is free.
-FILES = (
-    "backward",
-    "hopper_dqkv_passes",
-    "lean_backward",
-    "forward",
-    "hopper_again",
-    "budget",
-    "masked_rows",
-    "launching",
-    "hopper_dbias_passes",
-    "hopper_choice",
-)
+# About as many tests as each file has: a process that collects nothing must not pass. What takes longest comes first.
+FILES = {
+    "backward": 50,
+    "hopper_dqkv_passes": 30,
+    "lean_backward": 35,
+    "forward": 50,
+    "hopper_again": 30,
+    "budget": 30,
+    "masked_rows": 20,
+    "launching": 6,
+    "hopper_dbias_passes": 20,
+    "hopper_choice": 10,
+}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is such a process already")
@@ -51,7 +51,6 @@ def test_under_the_interpreter(file: str) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
-    # A process that collects nothing, or next to nothing, must not pass.
     assert passed, run.stdout
-    assert int(passed[1]) > 5, run.stdout
+    assert int(passed[1]) >= FILES[file], run.stdout
     assert "skipped" not in run.stdout, run.stdout

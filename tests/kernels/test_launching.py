@@ -135,8 +135,8 @@ def gradients_of(x):
 
 def test_repeated_calls_with_other_values_layouts_and_numbers(device):
     """Every call computes from what it is given, in whatever order shapes and layouts alternate."""
-    first = random_inputs(R=2, I=17, J=20, H=1, D=16, device=device, key_term="mask")
-    other = random_inputs(R=2, I=17, J=20, H=1, D=16, device=device, key_term="mask", seed=1)
+    first = random_inputs(R=3, I=17, J=20, D=16, device=device, key_term="mask")
+    other = random_inputs(R=3, I=17, J=20, D=16, device=device, key_term="mask", seed=1)
     shifted = torch.cat([first.k.new_zeros(1), first.k.flatten()])[1:].view_as(first.k)
     variants = [
         first,
