@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 # One row of 1024 keys at most to a program; four warps then take 8 elements a thread.
@@ -30,7 +31,9 @@ def _triangle_attention_bias_rows(
     J,
     J_bias,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     blocks = tl.cdiv(J_bias, BLOCK_J)
     row = tl.program_id(0) // blocks
     j = tl.program_id(0) % blocks * BLOCK_J + tl.arange(0, BLOCK_J)

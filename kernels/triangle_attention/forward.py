@@ -31,7 +31,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     store_rows,
     within,
 )
-from trifast_inductor.kernels.triangle_attention.order import program_place
+from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before, program_place
 
 
 @triton.jit
@@ -85,7 +85,9 @@ def _triangle_attention_fwd(
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     b, r, h, block = program_place(tl.program_id(0), tl.cdiv(I, BLOCK_I), R, H)
     first = block * BLOCK_I
     i = tl.arange(0, BLOCK_I)

@@ -43,8 +43,12 @@ class Launch:
         self._kernel = kernel
         self._grid = (programs, 1, 1)
         values = {**vars(tile), **arguments}
+        if "PDL" in kernel.arg_names:
+            values["PDL"] = _has_dependent_launch()
         self._arguments = [values[name] for name in kernel.arg_names if not name.endswith(("_ptr", "_desc"))]
         self._options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if values.get("PDL"):
+            self._options["launch_pdl"] = True
         if isinstance(tile, CappedTile) and tile.maxnreg is not None:
             self._options["maxnreg"] = tile.maxnreg
         self._run: Callable[..., None] | None = None
@@ -64,6 +68,14 @@ class Launch:
     def _handed(self, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
         """What the driver is given."""
         return [None if t is None else t.data_ptr() for t in tensors]
+
+
+def _has_dependent_launch() -> bool:
+    """Whether the launch of a kernel can overlap the end of the one before: from Hopper on."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return bool(target.backend == "cuda" and target.arch >= 90)
 
 
 def _bound(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:

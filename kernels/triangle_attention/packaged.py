@@ -63,6 +63,7 @@ def packaged_triangle_attention(
         **given,
         "ALIGNED": False,
         **arguments.evenness(_known(I), _known(J), tile),
+        "PDL": False,
     }
     programs = B * R * H * ((I + tile.BLOCK_I - 1) // tile.BLOCK_I)
     wrap_triton(_triangle_attention_fwd)[(programs,)](**values, **vars(tile))

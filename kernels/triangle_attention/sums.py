@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 _TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
@@ -17,7 +18,9 @@ def _triangle_attention_bwd_sum(
     count: tl.int64,
     groups,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     total = tl.zeros([BLOCK_J], tl.float32)
     for _ in range(groups):

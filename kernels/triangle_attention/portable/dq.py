@@ -15,7 +15,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     store_rows,
     within,
 )
-from trifast_inductor.kernels.triangle_attention.order import program_place
+from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before, program_place
 from trifast_inductor.kernels.triangle_attention.portable.operands import head_of, query_terms, saved_of_block
 
 
@@ -175,7 +175,9 @@ def _triangle_attention_bwd_dq(
     EVEN_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     operands = (
         (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh, stride_qd),
         (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh, stride_kd),

@@ -8,6 +8,7 @@ other leave most of a GPU idle, and a launch costs the host about what a kernel 
 import triton
 import triton.language as tl
 
+from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.portable.dbias import dbias_of_tile
 from trifast_inductor.kernels.triangle_attention.portable.dkdv import dkdv_of_block
 from trifast_inductor.kernels.triangle_attention.portable.dq import dq_of_block
@@ -88,7 +89,9 @@ def _triangle_attention_bwd_together(
     DBIAS_EVEN_J: tl.constexpr,
     DBIAS_BLOCK_I: tl.constexpr,
     DBIAS_BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    after_the_kernel_before(PDL)
     operands = (
         (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh, stride_qd),
         (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh, stride_kd),
