@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from trifast_inductor.kernels.triangle_attention import tuning
+from trifast_inductor.kernels.triangle_attention import direct, tuning
 from trifast_inductor.kernels.triangle_attention.tiling import CappedTile, Tile
 
 T = TypeVar("T")
@@ -51,15 +51,54 @@ class Launch:
             self._options["launch_pdl"] = True
         if isinstance(tile, CappedTile) and tile.maxnreg is not None:
             self._options["maxnreg"] = tile.maxnreg
-        self._run: Callable[..., None] | None = None
+        self._run: Callable[[Sequence[Tensor | None]], None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         if self._run is not None:
-            self._run(*self._handed(tensors), *self._arguments)
+            self._run(tensors)
             return
         compiled = self._kernel[self._grid](*self._in_full(tensors), *self._arguments, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            self._run = _bound(compiled, self._grid)
+            self._run = self._bound(compiled, tensors)
+
+    def _bound(self, compiled: Any, given: Sequence[Tensor | None]) -> Callable[[Sequence[Tensor | None]], None]:
+        """`compiled[grid]` on the device that is current now.
+
+        Straight through the driver where that can be; without what Triton prepares for listeners to launches.
+        """
+        grid, arguments = self._grid, self._arguments
+        listened: Callable[..., None] = compiled[grid]
+        if not isinstance(compiled, CompiledKernel):
+            return lambda tensors: listened(*self._handed(tensors), *arguments)
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        device = triton.runtime.driver.active.get_current_device()
+        current_stream = triton.runtime.driver.active.get_current_stream
+        knobs = triton.knobs.runtime
+        straight = self._straight(compiled, given)
+
+        def launch(tensors: Sequence[Tensor | None]) -> None:
+            if _listens(knobs.launch_enter_hook) or _listens(knobs.launch_exit_hook):
+                listened(*self._handed(tensors), *arguments)
+            elif straight is not None:
+                straight([t.data_ptr() for t in tensors if t is not None], current_stream(device))
+            else:
+                stream = current_stream(device)
+                run(*grid, stream, function, metadata, None, None, None, *self._handed(tensors), *arguments)
+
+        return launch
+
+    def _straight(self, compiled: Any, given: Sequence[Tensor | None]) -> Callable[[list[int], int], None] | None:
+        if compiled.metadata.target.backend != "cuda":
+            return None
+        names = self._kernel.arg_names
+        kinds = {name: compiled.src.signature[name] for name in names}
+        values = dict(zip(names[len(given) :], self._arguments, strict=True))
+        addresses = [t.data_ptr() for t in given if t is not None]
+        return direct.launcher(compiled, self._grid, kinds, values, self._walked(), addresses)
+
+    def _walked(self) -> Sequence[Any]:
+        """Lengths and strides of each tensor that is handed over as a descriptor."""
+        return []
 
     def _in_full(self, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
         """What Triton is given to compile for."""
@@ -76,25 +115,6 @@ def _has_dependent_launch() -> bool:
         return False
     target = triton.runtime.driver.active.get_current_target()
     return bool(target.backend == "cuda" and target.arch >= 90)
-
-
-def _bound(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """`compiled[grid]` on the device that is current now, without what Triton prepares for listeners to launches."""
-    listened: Callable[..., None] = compiled[grid]
-    if not isinstance(compiled, CompiledKernel):
-        return listened
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    device = triton.runtime.driver.active.get_current_device()
-    current_stream = triton.runtime.driver.active.get_current_stream
-    knobs = triton.knobs.runtime
-
-    def launch(*arguments: Any) -> None:
-        if _listens(knobs.launch_enter_hook) or _listens(knobs.launch_exit_hook):
-            listened(*arguments)
-        else:
-            run(*grid, current_stream(device), function, metadata, None, None, None, *arguments)
-
-    return launch
 
 
 def _listens(hook: Any) -> bool:

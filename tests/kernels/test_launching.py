@@ -79,28 +79,49 @@ class Compiled(CompiledKernel):
 
     run = function = packed_metadata = None
 
-    def __init__(self):
+    def __init__(self, backend):
         self.ran = []
         self.run = lambda *given: self.ran.append(given)
         self.function, self.packed_metadata = "function", "metadata"
+        self.src = SimpleNamespace(
+            signature={"x_ptr": "*fp32", "y_ptr": "constexpr", "stride_x": "i32", "BLOCK_I": "constexpr"}
+        )
+        self.metadata = SimpleNamespace(target=SimpleNamespace(backend=backend))
 
     def __getitem__(self, grid):
         return lambda *given: self.ran.append(("listened to", *given))
 
 
-def test_nothing_is_prepared_for_listeners_but_where_there_are_some(monkeypatch):
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_a_listener_to_launches_is_heard_and_nothing_prepared_where_there_is_none(monkeypatch, backend):
     driver = SimpleNamespace(get_current_device=lambda: 2, get_current_stream=lambda device: 70 + device)
     monkeypatch.setattr(launching.triton.runtime.driver, "_active", driver)
-    compiled = Compiled()
-    launch = launching._bound(compiled, (3, 1, 1))
-    launch(5, None)
+    straight = []
+
+    def launcher(compiled, grid, kinds, values, walks, addresses):
+        assert (grid, list(kinds), values) == ((3, 1, 1), list(FakeKernel.arg_names), {"stride_x": 5, "BLOCK_I": 32})
+        assert addresses == [x.data_ptr()]
+        return lambda *given: straight.append(given)
+
+    monkeypatch.setattr(launching.direct, "launcher", launcher)
+    compiled, x = Compiled(backend), torch.zeros(3)
+    launch = Launch(FakeKernel(), 3, {"stride_x": 5}, Tile(32, 16, 4, 2))
+    run = launch._bound(compiled, (x, None))
+    run((x, None))
     hook = launching.triton.knobs.runtime.launch_exit_hook
     hook.add(print)
     try:
-        launch(6)
+        run((x, None))
     finally:
         hook.remove(print)
-    assert compiled.ran == [(3, 1, 1, 72, "function", "metadata", None, None, None, 5, None), ("listened to", 6)]
+    heard = ("listened to", x.data_ptr(), None, 5, 32)
+    if backend == "cuda":
+        assert straight == [([x.data_ptr()], 72)]
+        assert compiled.ran == [heard]
+    else:
+        full = (3, 1, 1, 72, "function", "metadata", None, None, None, x.data_ptr(), None, 5, 32)
+        assert compiled.ran == [full, heard]
+        assert straight == []
 
 
 class RecordedCopies(FakeKernel):

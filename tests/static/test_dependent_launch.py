@@ -1,4 +1,4 @@
-"""Kernels of short sequences that are launched before the kernel before has ended wait for it, before they touch memory."""
+"""Kernels that may be launched before the one before has ended wait for it, before they touch memory."""
 
 import re
 

@@ -63,6 +63,9 @@ class CopyingLaunch(Launch):
         self._walks = [(d.shape, d.strides) if isinstance(d, TensorDescriptor) else None for d in given]
         return given
 
+    def _walked(self) -> Sequence[Any]:
+        return [walk for walk in self._walks if walk is not None]
+
     def _handed(self, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
         return [
             None if t is None else t.data_ptr() if walk is None else _Walked(t, *walk)

@@ -1,0 +1,174 @@
+"""Launches past Triton's launcher: the driver gets what Triton compiled for, and nothing where that is not certain."""
+
+import ctypes
+import re
+import struct
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from trifast_inductor.testing import random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention import backward, direct, forward, launching
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.static.recording import launches_for
+
+KINDS = {"x_ptr": "*bf16", "none_ptr": "constexpr", "y_ptr": "*fp32", "n": "i32", "step": "i64", "scale": "fp32"}
+VALUES = {"n": -7, "step": 1 << 40, "scale": 0.5, "BLOCK": 64}
+SIZES = [8, 8, 4, 8, 4, 8, 8]
+
+
+class FakeDriver:
+    """Reads what it is given as libcuda does, while the call lasts."""
+
+    def __init__(self, sizes=SIZES, error=0):
+        self.sizes, self.error, self.seen = sizes, error, []
+
+    def cuFuncGetParamInfo(self, function, n, offset, size):
+        if n.value >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[n.value]
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        config = config._obj
+        read = [ctypes.string_at(at, size) for at, size in zip(parameters, self.sizes, strict=True)]
+        attributes = [(a.id, a.value) for a in config.attributes[: config.attributes_count]]
+        launch = (tuple(config.grid), tuple(config.block), config.shared_bytes, config.stream, attributes)
+        self.seen.append((function.value, launch, read, threading.get_ident()))
+        return self.error
+
+    def cuTensorMapReplaceAddress(self, tensor_map, address):
+        raise AssertionError("no tensor is walked here")
+
+    def cuGetErrorString(self, code, text):
+        text._obj.value = b"out of luck"
+
+
+def compiled(**changes):
+    metadata = {"num_warps": 4, "shared": 1024, "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True}
+    metadata |= {"global_scratch_size": 0, "profile_scratch_size": 0, "name": "kernel", **changes}
+    return SimpleNamespace(function=99, metadata=SimpleNamespace(**metadata))
+
+
+def launcher(driver, kinds=KINDS, **changes):
+    with mock.patch.object(direct, "_driver", return_value=driver):
+        return direct.launcher(compiled(**changes), (5, 1, 1), kinds | {"BLOCK": "constexpr"}, VALUES, [], [0, 0])
+
+
+@pytest.mark.parametrize("dependent", [True, False])
+def test_the_driver_reads_what_the_kernel_was_compiled_for(dependent):
+    driver = FakeDriver()
+    run = launcher(driver, launch_pdl=dependent)
+    run([0xABC0, 0xDEF0], 77)
+    run([0x1230, 0x4560], 78)
+    numbers = [struct.pack("<i", -7), struct.pack("<q", 1 << 40), struct.pack("<f", 0.5), bytes(8), bytes(8)]
+    for (x, y, stream), (function, launch, read, _) in zip(
+        ((0xABC0, 0xDEF0, 77), (0x1230, 0x4560, 78)), driver.seen, strict=True
+    ):
+        assert function == 99
+        assert launch == ((5, 1, 1), (128, 1, 1), 1024, stream, [(6, 1)] if dependent else [])
+        assert read == [struct.pack("<Q", x), struct.pack("<Q", y), *numbers]
+
+
+def test_threads_do_not_share_what_the_driver_reads():
+    driver = FakeDriver()
+    run = launcher(driver)
+    meet = threading.Barrier(2)
+    inside = driver.cuLaunchKernelEx
+
+    def slow(*given):
+        meet.wait()  # both have written their addresses
+        return inside(*given)
+
+    driver.cuLaunchKernelEx = slow
+    run = launcher(driver)
+    threads = [threading.Thread(target=run, args=([n, n], n)) for n in (16, 32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(launch[3], read[0]) for _, launch, read, _ in driver.seen} == {
+        (16, struct.pack("<Q", 16)),
+        (32, struct.pack("<Q", 32)),
+    }
+
+
+def test_a_failed_launch_is_named():
+    with pytest.raises(RuntimeError, match=r"could not launch kernel: out of luck \(CUresult 2\)"):
+        launcher(FakeDriver(error=2))([16, 32], 0)
+
+
+@pytest.mark.parametrize(
+    ("driver", "changes"),
+    [
+        (None, {}),
+        (FakeDriver(SIZES[:-1]), {}),
+        (FakeDriver([*SIZES, 8]), {}),
+        (FakeDriver([8, 8, 8, 8, 4, 8, 8]), {}),
+        (FakeDriver(), {"num_ctas": 2}),
+        (FakeDriver(), {"global_scratch_size": 16}),
+        (FakeDriver(), {"profile_scratch_size": 16}),
+        (FakeDriver(), {"launch_cooperative_grid": True}),
+        (FakeDriver(), {"kinds": {**KINDS, "flag": "i1"}}),
+    ],
+)
+def test_triton_launches_what_is_not_certain(driver, changes):
+    assert launcher(driver, **changes) is None
+
+
+def test_no_driver_where_there_is_none():
+    direct._driver.cache_clear()
+    with mock.patch.object(ctypes, "CDLL", side_effect=OSError("no libcuda.so.1")):
+        assert direct._driver() is None
+    direct._driver.cache_clear()
+
+
+def test_every_kernel_has_the_parameters_that_are_laid_out():
+    with launches_for("sm_90") as launches, mock.patch.object(lean, "_is_hopper", return_value=True):
+        for N in (60, 100, 256):
+            x = random_inputs(R=N, I=N, J=N, H=4, D=32, dtype=torch.bfloat16, key_term="additive")
+            saved = forward.portable(*x.op)
+            backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)
+    assert len({launch.name for launch in launches}) >= 9
+    for launch in launches:
+        kinds = launch.compiled.src.signature
+        laid_out = direct.layout(kinds, dict.fromkeys(kinds, 0), [])
+        entry = launch.compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
+        sizes = [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", entry)]
+        assert [struct.calcsize(form) for form in laid_out.formats] == sizes, launch.name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [64, 100, 256, 384])
+def test_all_launches_go_straight_and_give_the_same(N, device):
+    x = random_inputs(R=N, I=N, J=N, H=4, D=32, dtype=torch.bfloat16, device=device, key_term="additive")
+    straight = []
+
+    def noted(*given):
+        straight.append(direct_launcher(*given))
+        return straight[-1]
+
+    def run():
+        forward._plans.clear()
+        backward._plans.clear()
+        for _ in range(2):  # the first compiles, and Triton launches it
+            saved = forward.launch(*x.op)
+            gradients = backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)
+        return (*saved, *gradients)
+
+    direct_launcher = direct.launcher
+    with mock.patch.object(launching.direct, "launcher", return_value=None):
+        through_triton = run()
+    with mock.patch.object(launching.direct, "launcher", noted):
+        past_it = run()
+    forward._plans.clear()
+    backward._plans.clear()
+    assert len(straight) >= 3
+    assert None not in straight
+    for a, b in zip(past_it, through_triton, strict=True):
+        assert torch.equal(a, b)
