@@ -2,12 +2,12 @@
 
 Of all that a kernel is given only addresses change from one launch to the next, and the stream. The rest is laid out
 once, as `cuLaunchKernelEx` takes it (CUDA Driver API, "Execution Control" and "Tensor Map Object Management"), by what
-Triton says that it compiled for; the driver is asked for the size of each parameter, and where the two do not agree
-Triton's launcher serves.
+Triton says that it compiled for; where the machine code takes parameters of other sizes, Triton's launcher serves.
 """
 
 import ctypes
 import functools
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,10 +48,10 @@ class _Config(ctypes.Structure):
 
 @functools.cache
 def _driver() -> Any:
-    """libcuda, or None where it lacks what is called here: `cuFuncGetParamInfo` came with CUDA 12.4."""
+    """libcuda, or None where there is none or it lacks what is called here."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        _ = library.cuLaunchKernelEx, library.cuFuncGetParamInfo, library.cuTensorMapReplaceAddress
+        _ = library.cuLaunchKernelEx, library.cuTensorMapEncodeTiled, library.cuTensorMapReplaceAddress
     except (OSError, AttributeError):
         return None
     return library
@@ -102,17 +102,13 @@ def layout(kinds: Mapping[str, str], values: Mapping[str, Any], walks: Sequence[
     return found
 
 
-def _has_parameters(driver: Any, function: int, sizes: Sequence[int]) -> bool:
-    """Whether these are all parameters that the kernel has."""
-    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-
-    def size_of(n: int) -> int | None:
-        failed = driver.cuFuncGetParamInfo(
-            ctypes.c_void_p(function), ctypes.c_size_t(n), ctypes.byref(offset), ctypes.byref(size)
-        )
-        return None if failed else size.value
-
-    return [size_of(n) for n in range(len(sizes) + 1)] == [*sizes, None]
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the kernel that a module has, as PTX declares them."""
+    declared = ptx.partition(".entry")[2].partition(")")[0]
+    return [
+        int(bits) // 8 * int(count or 1)
+        for bits, count in re.findall(r"\.param [^,]*?\.[bfsu](\d+)\b[^,\[]*(?:\[(\d+)\])?", declared)
+    ]
 
 
 def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> bytes | None:
@@ -182,7 +178,7 @@ def launcher(
     scratch = metadata.global_scratch_size + metadata.profile_scratch_size
     if driver is None or laid_out is None or scratch or metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
         return None
-    if not _has_parameters(driver, compiled.function, [struct.calcsize(form) for form in laid_out.formats]):
+    if parameter_sizes(compiled.asm["ptx"]) != [struct.calcsize(form) for form in laid_out.formats]:
         return None
     maps = []
     for n, tensor in enumerate(laid_out.maps):

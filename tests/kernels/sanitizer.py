@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from trifast_inductor.kernels.triangle_attention import op, tuning
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
-from trifast_inductor.testing import KEY_TERMS, random_inputs, results
+from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs, results
 
 INSIDE = "TRIFAST_UNDER_SANITIZER"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -46,15 +47,22 @@ def launches() -> int:
 
 
 def _launch(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options: Any) -> None:
-    x = random_inputs(B=1, R=5, I=I, J=J, H=2, D=D, dtype=dtype, device="cuda", key_term=key_term, **options)
-    # A row without a key takes ways of its own, but for a fill that gives NaN.
-    if x.key_bias is not None:
-        x.key_bias[:, 1] = -1e9
-    elif key_term == "mask":
-        x.key_mask[:, 1] = True
+    x = inputs(dtype, I, J, D, key_term, device="cuda", **options)
     found = results(lambda *arguments: op.triangle_attention(*arguments)[0], x)
     torch.cuda.synchronize()
     assert all(t.isfinite().all() for t in found.values()), (dtype, I, J, D, key_term)
+
+
+def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options: Any) -> Inputs:
+    """With a row without a key, which takes ways of its own, but for a fill that gives NaN."""
+    x = random_inputs(B=1, R=5, I=I, J=J, H=2, D=D, dtype=dtype, key_term=key_term, **options)
+    if x.key_bias is not None:
+        # In float16 it would be -inf, and the row NaN.
+        x = replace(x, key_bias=x.key_bias.float())
+        x.key_bias[:, 1] = -1e9
+    elif key_term == "mask":
+        x.key_mask[:, 1] = True
+    return x
 
 
 def _let_any_size_through() -> None:

@@ -1,7 +1,6 @@
 """Launches past Triton's launcher: the driver gets what Triton compiled for, and nothing where that is not certain."""
 
 import ctypes
-import re
 import struct
 import threading
 from types import SimpleNamespace
@@ -25,18 +24,12 @@ SIZES = [8, 8, 4, 8, 4, 8, 8]
 class FakeDriver:
     """Reads what it is given as libcuda does, while the call lasts."""
 
-    def __init__(self, sizes=SIZES, error=0):
-        self.sizes, self.error, self.seen = sizes, error, []
-
-    def cuFuncGetParamInfo(self, function, n, offset, size):
-        if n.value >= len(self.sizes):
-            return 1
-        size._obj.value = self.sizes[n.value]
-        return 0
+    def __init__(self, error=0):
+        self.error, self.seen = error, []
 
     def cuLaunchKernelEx(self, config, function, parameters, extra):
         config = config._obj
-        read = [ctypes.string_at(at, size) for at, size in zip(parameters, self.sizes, strict=True)]
+        read = [ctypes.string_at(at, size) for at, size in zip(parameters, SIZES, strict=True)]
         attributes = [(a.id, a.value) for a in config.attributes[: config.attributes_count]]
         launch = (tuple(config.grid), tuple(config.block), config.shared_bytes, config.stream, attributes)
         self.seen.append((function.value, launch, read, threading.get_ident()))
@@ -49,10 +42,12 @@ class FakeDriver:
         text._obj.value = b"out of luck"
 
 
-def compiled(**changes):
+def compiled(sizes=SIZES, **changes):
     metadata = {"num_warps": 4, "shared": 1024, "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True}
     metadata |= {"global_scratch_size": 0, "profile_scratch_size": 0, "name": "kernel", **changes}
-    return SimpleNamespace(function=99, metadata=SimpleNamespace(**metadata))
+    declared = ",\n".join(f"\t.param .u{8 * size} kernel_param_{n}" for n, size in enumerate(sizes))
+    ptx = f".visible .entry kernel(\n{declared}\n)\n.reqntid 128"
+    return SimpleNamespace(function=99, metadata=SimpleNamespace(**metadata), asm={"ptx": ptx})
 
 
 def launcher(driver, kinds=KINDS, **changes):
@@ -107,9 +102,9 @@ def test_a_failed_launch_is_named():
     ("driver", "changes"),
     [
         (None, {}),
-        (FakeDriver(SIZES[:-1]), {}),
-        (FakeDriver([*SIZES, 8]), {}),
-        (FakeDriver([8, 8, 8, 8, 4, 8, 8]), {}),
+        (FakeDriver(), {"sizes": SIZES[:-1]}),
+        (FakeDriver(), {"sizes": [*SIZES, 8]}),
+        (FakeDriver(), {"sizes": [8, 8, 8, 8, 4, 8, 8]}),
         (FakeDriver(), {"num_ctas": 2}),
         (FakeDriver(), {"global_scratch_size": 16}),
         (FakeDriver(), {"profile_scratch_size": 16}),
@@ -138,9 +133,26 @@ def test_every_kernel_has_the_parameters_that_are_laid_out():
     for launch in launches:
         kinds = launch.compiled.src.signature
         laid_out = direct.layout(kinds, dict.fromkeys(kinds, 0), [])
-        entry = launch.compiled.asm["ptx"].partition(".entry")[2].partition(")")[0]
-        sizes = [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", entry)]
-        assert [struct.calcsize(form) for form in laid_out.formats] == sizes, launch.name
+        sizes = [struct.calcsize(form) for form in laid_out.formats]
+        assert direct.parameter_sizes(launch.compiled.asm["ptx"]) == sizes, launch.name
+
+
+def test_what_the_copy_engine_walks_is_given_by_value_with_its_lengths_and_strides():
+    kinds = {"x_desc": "tensordesc<bf16[64, 16], layout>", "y_ptr": "*fp32", "n": "i32"}
+    laid_out = direct.layout(kinds, {"n": 3}, [([256, 16], [16, 1])])
+    assert laid_out.places[:2] == [("map", 0), ("number", 0)]
+    assert (laid_out.maps, laid_out.addresses) == ([0], [1])
+    declared = [
+        ".align 64 .b8 p_0[128]",
+        ".u32 p_1",
+        ".u32 p_2",
+        ".u64 p_3",
+        ".u64 p_4",
+        ".u64 .ptr .global .align 1 p_5",
+    ]
+    declared += [".u32 p_6", ".u64 .ptr .global .align 1 p_7", ".u64 .ptr .global .align 1 p_8"]
+    ptx = ".visible .entry f(\n" + ",\n".join(f"\t.param {one}" for one in declared) + "\n)\n.maxnreg 168\n{"
+    assert direct.parameter_sizes(ptx) == [struct.calcsize(form) for form in laid_out.formats]
 
 
 @pytest.mark.gpu
