@@ -112,25 +112,35 @@ def parameter_sizes(ptx: str) -> list[int]:
 
 
 def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> bytes | None:
-    """The CUtensorMap of a tensor, as Triton would have it made; lengths innermost first, steps in bytes."""
-    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    """The CUtensorMap of a tensor, as Triton would have it made; lengths innermost first, steps in bytes.
 
+    None where Triton describes it in words that are not known here, or the driver does not take it.
+    """
+    try:
+        from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+        kind, element, swizzle, box = (meta[name] for name in ("elem_type", "elem_size", "swizzle", "block_size"))
+        kind = TMA_DTYPE_DEVICE_TO_HOST[kind]
+    except (ImportError, KeyError):
+        return None
     shape, strides = walk
-    rank, element = len(shape), meta["elem_size"]
+    rank = len(shape)
+    if meta.get("fp4_padded") or meta.get("is_im2col") or len(box) != rank:
+        return None
     steps = [element * step for step in reversed(strides[:-1])]
     store = ctypes.create_string_buffer(128 + 64)
     start = ctypes.addressof(store) + -ctypes.addressof(store) % 64
     failed = driver.cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
-        ctypes.c_int(TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]),
+        ctypes.c_int(kind),
         ctypes.c_uint32(rank),
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*reversed(shape)),
         (ctypes.c_uint64 * rank)(*steps),
-        (ctypes.c_uint32 * rank)(*reversed(meta["block_size"])),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         ctypes.c_int(0),  # not interleaved
-        ctypes.c_int(meta["swizzle"]),
+        ctypes.c_int(swizzle),
         ctypes.c_int(_L2_PROMOTION_128B),
         ctypes.c_int(0),  # zeros past the end
     )

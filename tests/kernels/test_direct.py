@@ -155,6 +155,49 @@ def test_what_the_copy_engine_walks_is_given_by_value_with_its_lengths_and_strid
     assert direct.parameter_sizes(ptx) == [struct.calcsize(form) for form in laid_out.formats]
 
 
+META = {"swizzle": 1, "elem_size": 2, "elem_type": 10, "block_size": [64, 16], "fp4_padded": False}
+
+
+def encoded(meta, error=0):
+    """What the driver is asked to encode of 256 rows of 16 bfloat16 that lie 24 apart."""
+    asked = []
+
+    def encode(tensor_map, kind, rank, address, lengths, steps, box, element_steps, *rest):
+        assert tensor_map.value % 64 == 0
+        ctypes.memmove(tensor_map.value, bytes(range(128)), 128)
+        numbers = [list(lengths), list(steps)[:-1], list(box), list(element_steps)]
+        asked.append((kind.value, rank.value, address.value, *numbers, *(one.value for one in rest)))
+        return error
+
+    driver = SimpleNamespace(cuTensorMapEncodeTiled=encode)
+    return asked, direct._encoded(driver, ([256, 16], [24, 1]), meta, 0x7F00)
+
+
+def test_a_tensor_is_described_innermost_first_and_in_bytes():
+    asked, made = encoded(META)
+    bfloat16, tile_of_32_bytes, promotion = 9, 1, 2
+    assert asked == [(bfloat16, 2, 0x7F00, [16, 256], [48], [16, 64], [1, 1], 0, tile_of_32_bytes, promotion, 0)]
+    assert made == bytes(range(128))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {},
+        {**META, "elem_type": "bfloat16"},
+        {**META, "fp4_padded": True},
+        {**META, "is_im2col": True},
+        {**META, "block_size": [64]},
+    ],
+)
+def test_triton_describes_what_is_not_known(meta):
+    assert encoded(meta) == ([], None)
+
+
+def test_triton_describes_what_the_driver_does_not_take():
+    assert encoded(META, error=1)[1] is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [64, 100, 256, 384])
 def test_all_launches_go_straight_and_give_the_same(N, device):
