@@ -7,16 +7,18 @@ Triton says that it compiled for; where the machine code takes parameters of oth
 
 import ctypes
 import functools
+import itertools
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
 _FORMATS = {"i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f"}
 _POINTER = "Q"
 _MAP = "128s"  # CUtensorMap, by value
+_MAP_SIZE = struct.calcsize(_MAP)
 _SCRATCH = 2  # addresses that end the parameters of every kernel: null where none is asked for
 _L2_PROMOTION_128B = 2  # of CUtensorMapL2promotion
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
@@ -57,49 +59,33 @@ def _driver() -> Any:
     return library
 
 
-@dataclass
-class Layout:
-    """Parameters in the order that the kernel has them: the format of each, by `struct`, and whence its value comes."""
+@dataclass(frozen=True)
+class Parameter:
+    """Of a kernel: its format, by `struct`, and the tensor whose address or tensor map it is, or its value."""
 
-    formats: list[str] = field(default_factory=list)
-    places: list[tuple[str, int]] = field(default_factory=list)  # ("address", n), ("map", n) or ("number", n)
-    addresses: list[int] = field(default_factory=list)  # which of the tensors are handed over as such
-    maps: list[int] = field(default_factory=list)  # and which are walked by the copy engine
-    numbers: list[tuple[str, float]] = field(default_factory=list)
-
-    def number(self, form: str, value: float) -> None:
-        self.places.append(("number", len(self.numbers)))
-        self.formats.append(form)
-        self.numbers.append((form, value))
+    form: str
+    tensor: int | None = None
+    value: float = 0
 
 
-def layout(kinds: Mapping[str, str], values: Mapping[str, Any], walks: Sequence[Any]) -> Layout | None:
+def layout(kinds: Mapping[str, str], values: Mapping[str, Any], walks: Sequence[Any]) -> list[Parameter] | None:
     """Of a kernel with parameters of these kinds; None if one is of a kind that is not known here."""
-    found = Layout()
-    tensors = 0
+    found: list[Parameter] = []
+    tensors = itertools.count()
+    walked = iter(walks)
     for name, kind in kinds.items():
         if kind.startswith("*"):
-            found.places.append(("address", len(found.addresses)))
-            found.formats.append(_POINTER)
-            found.addresses.append(tensors)
-            tensors += 1
+            found.append(Parameter(_POINTER, next(tensors)))
         elif kind.startswith("tensordesc"):
-            found.places.append(("map", len(found.maps)))
-            found.formats.append(_MAP)
-            shape, strides = walks[len(found.maps)]
-            found.maps.append(tensors)
-            tensors += 1
-            for size in shape:
-                found.number("i", size)
-            for step in strides:
-                found.number("q", step)
+            shape, strides = next(walked)
+            found.append(Parameter(_MAP, next(tensors)))
+            found += [Parameter("i", value=size) for size in shape]
+            found += [Parameter("q", value=step) for step in strides]
         elif kind in _FORMATS:
-            found.number(_FORMATS[kind], values[name])
+            found.append(Parameter(_FORMATS[kind], value=values[name]))
         elif kind != "constexpr":
             return None
-    for _ in range(_SCRATCH):
-        found.number(_POINTER, 0)
-    return found
+    return found + [Parameter(_POINTER)] * _SCRATCH
 
 
 def parameter_sizes(ptx: str) -> list[int]:
@@ -109,6 +95,14 @@ def parameter_sizes(ptx: str) -> list[int]:
         int(bits) // 8 * int(count or 1)
         for bits, count in re.findall(r"\.param [^,]*?\.[bfsu](\d+)\b[^,\[]*(?:\[(\d+)\])?", declared)
     ]
+
+
+def _aligned(content: bytes) -> tuple[Any, int]:
+    """A copy of it in memory, and its address, where a CUtensorMap may lie."""
+    store = ctypes.create_string_buffer(len(content) + 64)
+    start = ctypes.addressof(store) + -ctypes.addressof(store) % 64
+    ctypes.memmove(start, content, len(content))
+    return store, start
 
 
 def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> bytes | None:
@@ -128,8 +122,7 @@ def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> b
     if meta.get("fp4_padded") or meta.get("is_im2col") or len(box) != rank:
         return None
     steps = [element * step for step in reversed(strides[:-1])]
-    store = ctypes.create_string_buffer(128 + 64)
-    start = ctypes.addressof(store) + -ctypes.addressof(store) % 64
+    _store, start = _aligned(bytes(_MAP_SIZE))
     failed = driver.cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
         ctypes.c_int(kind),
@@ -144,23 +137,35 @@ def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> b
         ctypes.c_int(_L2_PROMOTION_128B),
         ctypes.c_int(0),  # zeros past the end
     )
-    return None if failed else ctypes.string_at(start, 128)
+    return None if failed else ctypes.string_at(start, _MAP_SIZE)
 
 
 class _Prepared:
-    """What the driver reads of one launch: each thread has its own, since the driver is called without the lock."""
+    """What the driver reads of one launch: each thread has its own, since the driver is called without the lock.
 
-    def __init__(self, config: dict[str, Any], dependent: bool, laid_out: Layout, maps: Sequence[bytes]) -> None:
-        numbers = b"".join(struct.pack(f"<{form}", value).ljust(8, b"\0") for form, value in laid_out.numbers)
-        words = bytes(8 * len(laid_out.addresses)) + numbers
+    The first slots are the addresses of the tensors, in order; numbers follow.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dependent: bool,
+        tensors: int,
+        parameters: Sequence[Parameter],
+        maps: Sequence[bytes],
+    ) -> None:
+        numbers = [p for p in parameters if p.tensor is None]
+        words = bytes(8 * tensors) + b"".join(struct.pack(f"<{p.form}", p.value).ljust(8, b"\0") for p in numbers)
         self.slots = (ctypes.c_uint64 * (len(words) // 8)).from_buffer_copy(words)
-        self._store = ctypes.create_string_buffer(128 * len(maps) + 64)
+        self._store, start_of_maps = _aligned(b"".join(maps))
+        of_maps = range(start_of_maps, start_of_maps + _MAP_SIZE * len(maps), _MAP_SIZE)
+        self.maps = [ctypes.c_void_p(at) for at in of_maps]
         start = ctypes.addressof(self.slots)
-        aligned = ctypes.addressof(self._store) + -ctypes.addressof(self._store) % 64
-        self.maps = [ctypes.c_void_p(aligned + 128 * n) for n in range(len(maps))]
-        ctypes.memmove(aligned, b"".join(maps), 128 * len(maps))
-        starts = {"address": start, "number": start + 8 * len(laid_out.addresses), "map": aligned}
-        at = [starts[what] + (128 if what == "map" else 8) * n for what, n in laid_out.places]
+        next_map, next_number = iter(of_maps), itertools.count(start + 8 * tensors, 8)
+        at = [
+            next(next_number) if p.tensor is None else next(next_map) if p.form == _MAP else start + 8 * p.tensor
+            for p in parameters
+        ]
         self.parameters = (ctypes.c_void_p * len(at))(*at)
         self.attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self.config = _Config(**config, attributes=ctypes.pointer(self.attribute), attributes_count=int(dependent))
@@ -184,38 +189,35 @@ def launcher(
         addresses: of such tensors as the kernel was compiled for.
     """
     driver, metadata = _driver(), compiled.metadata
-    laid_out = layout(kinds, values, walks)
+    parameters = layout(kinds, values, walks)
     scratch = metadata.global_scratch_size + metadata.profile_scratch_size
-    if driver is None or laid_out is None or scratch or metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
+    if driver is None or parameters is None or scratch or metadata.num_ctas != 1 or metadata.launch_cooperative_grid:
         return None
-    if parameter_sizes(compiled.asm["ptx"]) != [struct.calcsize(form) for form in laid_out.formats]:
+    if parameter_sizes(compiled.asm["ptx"]) != [struct.calcsize(p.form) for p in parameters]:
         return None
+    walked = [p.tensor for p in parameters if p.form == _MAP and p.tensor is not None]
     maps = []
-    for n, tensor in enumerate(laid_out.maps):
+    for n, tensor in enumerate(walked):
         encoded = _encoded(driver, walks[n], metadata.tensordesc_meta[n], addresses[tensor])
         if encoded is None:
             return None
         maps.append(encoded)
+    tensors = len(addresses)
     config = {"grid": grid, "block": (32 * metadata.num_warps, 1, 1), "shared_bytes": metadata.shared}
-    make = functools.partial(_Prepared, config, metadata.launch_pdl, laid_out, maps)
-    launch, function, replace_address = (
-        driver.cuLaunchKernelEx,
-        ctypes.c_void_p(compiled.function),
-        driver.cuTensorMapReplaceAddress,
-    )
-    count, of_slots, of_maps = len(laid_out.addresses), laid_out.addresses, laid_out.maps
+    make = functools.partial(_Prepared, config, metadata.launch_pdl, tensors, parameters, maps)
+    launch, replace_address = driver.cuLaunchKernelEx, driver.cuTensorMapReplaceAddress
+    function = ctypes.c_void_p(compiled.function)
     prepared: dict[int, _Prepared] = {}
 
-    def run(addresses: list[int], stream: int) -> None:
+    def run(addresses: list[Any], stream: int) -> None:
         thread = get_ident()
         mine = prepared.get(thread)
         if mine is None:
             mine = prepared[thread] = make()
         failed = 0
-        if of_maps:
-            for tensor_map, n in zip(mine.maps, of_maps, strict=True):
-                failed = failed or replace_address(tensor_map, ctypes.c_void_p(addresses[n]))
-        mine.slots[:count] = [addresses[n] for n in of_slots]
+        for tensor_map, n in zip(mine.maps, walked, strict=True):
+            failed = failed or replace_address(tensor_map, ctypes.c_void_p(addresses[n]))
+        mine.slots[:tensors] = addresses
         mine.config.stream = stream
         failed = failed or launch(mine.reference, function, mine.parameters, None)
         if failed:

@@ -42,12 +42,12 @@ class Launch:
     def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> None:
         self._kernel = kernel
         self._grid = (programs, 1, 1)
-        values = {**vars(tile), **arguments}
-        if "PDL" in kernel.arg_names:
-            values["PDL"] = _has_dependent_launch()
+        # The launch of a kernel can overlap the end of the one before from Hopper on.
+        dependent = "PDL" in kernel.arg_names and cuda_arch() >= 90
+        values = {**vars(tile), "PDL": dependent, **arguments}
         self._arguments = [values[name] for name in kernel.arg_names if not name.endswith(("_ptr", "_desc"))]
         self._options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if values.get("PDL"):
+        if dependent:
             self._options["launch_pdl"] = True
         if isinstance(tile, CappedTile) and tile.maxnreg is not None:
             self._options["maxnreg"] = tile.maxnreg
@@ -109,12 +109,12 @@ class Launch:
         return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def _has_dependent_launch() -> bool:
-    """Whether the launch of a kernel can overlap the end of the one before: from Hopper on."""
+def cuda_arch() -> int:
+    """What Triton compiles for on the current device, as 90; 0 where it is not CUDA, and under the interpreter."""
     if triton.knobs.runtime.interpret:
-        return False
+        return 0
     target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 90)
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def _listens(hook: Any) -> bool:

@@ -132,16 +132,15 @@ def test_every_kernel_has_the_parameters_that_are_laid_out():
     assert len({launch.name for launch in launches}) >= 9
     for launch in launches:
         kinds = launch.compiled.src.signature
-        laid_out = direct.layout(kinds, dict.fromkeys(kinds, 0), [])
-        sizes = [struct.calcsize(form) for form in laid_out.formats]
+        sizes = [struct.calcsize(p.form) for p in direct.layout(kinds, dict.fromkeys(kinds, 0), [])]
         assert direct.parameter_sizes(launch.compiled.asm["ptx"]) == sizes, launch.name
 
 
 def test_what_the_copy_engine_walks_is_given_by_value_with_its_lengths_and_strides():
     kinds = {"x_desc": "tensordesc<bf16[64, 16], layout>", "y_ptr": "*fp32", "n": "i32"}
     laid_out = direct.layout(kinds, {"n": 3}, [([256, 16], [16, 1])])
-    assert laid_out.places[:2] == [("map", 0), ("number", 0)]
-    assert (laid_out.maps, laid_out.addresses) == ([0], [1])
+    assert [(p.form, p.tensor) for p in laid_out[:2]] == [("128s", 0), ("i", None)]
+    assert [p.tensor for p in laid_out if p.tensor is not None] == [0, 1]
     declared = [
         ".align 64 .b8 p_0[128]",
         ".u32 p_1",
@@ -152,7 +151,7 @@ def test_what_the_copy_engine_walks_is_given_by_value_with_its_lengths_and_strid
     ]
     declared += [".u32 p_6", ".u64 .ptr .global .align 1 p_7", ".u64 .ptr .global .align 1 p_8"]
     ptx = ".visible .entry f(\n" + ",\n".join(f"\t.param {one}" for one in declared) + "\n)\n.maxnreg 168\n{"
-    assert direct.parameter_sizes(ptx) == [struct.calcsize(form) for form in laid_out.formats]
+    assert direct.parameter_sizes(ptx) == [struct.calcsize(p.form) for p in laid_out]
 
 
 META = {"swizzle": 1, "elem_size": 2, "elem_type": 10, "block_size": [64, 16], "fp4_padded": False}
@@ -196,6 +195,40 @@ def test_triton_describes_what_is_not_known(meta):
 
 def test_triton_describes_what_the_driver_does_not_take():
     assert encoded(META, error=1)[1] is None
+
+
+def test_the_driver_reads_a_tensor_map_of_the_tensor_at_hand():
+    kinds = {"x_ptr": "*bf16", "y_desc": "tensordesc<bf16[64, 16], layout>", "z_ptr": "*fp32", "n": "i32"}
+    sizes = [8, 128, 4, 4, 8, 8, 8, 4, 8, 8]
+    seen = []
+
+    def encode(tensor_map, *_):
+        ctypes.memmove(tensor_map.value, bytes(range(128)), 128)
+        return 0
+
+    def replace_address(tensor_map, address):
+        ctypes.memmove(tensor_map.value, struct.pack("<Q", address.value), 8)
+        return 0
+
+    def launch(config, function, parameters, extra):
+        assert parameters[1] % 64 == 0
+        seen.append([ctypes.string_at(at, size) for at, size in zip(parameters, sizes, strict=True)])
+        return 0
+
+    driver = SimpleNamespace(
+        cuTensorMapEncodeTiled=encode, cuTensorMapReplaceAddress=replace_address, cuLaunchKernelEx=launch
+    )
+    declared = [f".u{8 * size} p" if size < 128 else ".align 64 .b8 p[128]" for size in sizes]
+    kernel = compiled(tensordesc_meta=[META])
+    kernel.asm["ptx"] = ".entry f(" + ",".join(f".param {one}" for one in declared) + ")"
+    with mock.patch.object(direct, "_driver", return_value=driver):
+        run = direct.launcher(kernel, (5, 1, 1), kinds, {"n": 3}, [([256, 16], [24, 1])], [16, 32, 48])
+    numbers = [struct.pack("<i", 256), struct.pack("<i", 16), struct.pack("<q", 24), struct.pack("<q", 1)]
+    for x, y, z in ((64, 80, 96), (112, 128, 144)):
+        run([x, y, z], 0)
+        x, y, z = (struct.pack("<Q", address) for address in (x, y, z))
+        tensor_map = y + bytes(range(8, 128))
+        assert seen.pop() == [x, tensor_map, *numbers, z, struct.pack("<i", 3), bytes(8), bytes(8)]
 
 
 @pytest.mark.gpu

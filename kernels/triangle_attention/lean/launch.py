@@ -12,7 +12,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory, sums,
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
-from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.launching import Launch, cuda_arch
 from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys, marked
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
@@ -56,10 +56,7 @@ def refusal(
 
 
 def _is_hopper() -> bool:
-    if triton.knobs.runtime.interpret:
-        return True
-    target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch == 90)
+    return bool(triton.knobs.runtime.interpret) or cuda_arch() == 90
 
 
 def _planned_dbias(*given: Any) -> Callable[..., Tensor]:
