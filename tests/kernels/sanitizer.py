@@ -1,11 +1,12 @@
 """Launches for CUDA's compute-sanitizer: `python -m tests.kernels.sanitizer {memcheck,racecheck,initcheck,synccheck}`.
 
-Runs itself under the tool, with an allocation of its own for every tensor, and exits with the tool's error. Small
-sizes, odd and even, every kernel and every way to read a key term; a few minutes in all.
+Runs parts of the grid side by side under the tool, with an allocation of its own for every tensor, and exits with the
+tool's error. Small sizes, odd and even, every kernel and every way to read a key term; a few minutes in all.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
@@ -13,7 +14,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +32,44 @@ INSIDE = "TRIFAST_UNDER_SANITIZER"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def launches() -> int:
-    """Forward and backward over a grid for the portable kernels and, on a Hopper GPU, one for its own; how many."""
-    count = 0
-    for dtype, N, D in itertools.product((torch.bfloat16, torch.float32), (16, 33, 64, 100), (16, 32, 128)):
-        key_term = KEY_TERMS[count % len(KEY_TERMS)]
-        _launch(dtype, N, N + 7 * (count % 2), D, key_term, key_term_first=count % 3 == 0, has_bias=count % 5 != 0)
-        count += 1
+def cases() -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+    """Forward and backward over a grid for the portable kernels, and over one for those for Hopper."""
+    portable = [
+        partial(_launch, dtype, N, N + 7 * (n % 2), D, KEY_TERMS[n % len(KEY_TERMS)], n % 3 == 0, n % 5 != 0)
+        for n, (dtype, N, D) in enumerate(
+            itertools.product((torch.bfloat16, torch.float32), (16, 33, 64, 100), (16, 32, 128))
+        )
+    ]
+    hopper = [
+        partial(_launch, dtype, 130 + n % 3, 200 + n % 2, D, key_term)
+        for n, (dtype, D, key_term) in enumerate(
+            itertools.product((torch.bfloat16, torch.float16), (16, 32, 64), KEY_TERMS)
+        )
+    ]
+    return portable, hopper
+
+
+def launches(part: int = 0, parts: int = 1) -> int:
+    """A part of the cases, those for Hopper on such a GPU only; how many."""
+    portable, hopper = cases()
+    mine = portable[part::parts]
+    for launch in mine:
+        launch()
     if torch.cuda.get_device_capability() != (9, 0):
-        return count
+        return len(mine)
     _let_any_size_through()
-    for dtype, D, key_term in itertools.product((torch.bfloat16, torch.float16), (16, 32, 64), KEY_TERMS):
-        _launch(dtype, 130 + count % 3, 200 + count % 2, D, key_term)
-        count += 1
+    of_hopper = hopper[part::parts]
+    for launch in of_hopper:
+        launch()
     if (why := choice.gluon_refusal()) is not None:
         raise RuntimeError(why)
-    return count
+    return len(mine) + len(of_hopper)
 
 
-def _launch(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options: Any) -> None:
-    x = inputs(dtype, I, J, D, key_term, device="cuda", **options)
+def _launch(
+    dtype: torch.dtype, I: int, J: int, D: int, key_term: str, key_term_first: bool = False, has_bias: bool = True
+) -> None:
+    x = inputs(dtype, I, J, D, key_term, device="cuda", key_term_first=key_term_first, has_bias=has_bias)
     found = results(lambda *arguments: op.triangle_attention(*arguments)[0], x)
     torch.cuda.synchronize()
     assert all(t.isfinite().all() for t in found.values()), (dtype, I, J, D, key_term)
@@ -76,36 +98,52 @@ def _let_any_size_through() -> None:
 
 
 def main() -> int:
-    if os.environ.get(INSIDE):
-        print(f"{launches()} cases, forward and backward, on {torch.cuda.get_device_name()}")
+    if inside := os.environ.get(INSIDE):
+        part, parts = map(int, inside.split("/"))
+        print(f"{launches(part, parts)} cases, forward and backward, on {torch.cuda.get_device_name()}")
         return 0
-    tool = sys.argv[1] if len(sys.argv) == 2 else ""
-    if tool not in TOOLS:
-        print(f"usage: python -m tests.kernels.sanitizer {{{','.join(TOOLS)}}}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitizer", description=__doc__.splitlines()[0])
+    parser.add_argument("tool", choices=TOOLS)
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that share the grid")
+    given = parser.parse_args()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(sanitizer):
-        print("compute-sanitizer is not on the path: it is part of the CUDA toolkit", file=sys.stderr)
-        return 2
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"]
-    environ = {**os.environ, INSIDE: "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    if tool == "racecheck":
+        parser.error("compute-sanitizer is not on the path: it is part of the CUDA toolkit")
+    command = [sanitizer, "--tool", given.tool, "--error-exitcode", "1", "--target-processes", "application-only"]
+    if given.tool == "racecheck":
         command += ["--print-limit", "0"]
-    done = subprocess.run(
-        [*command, sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if tool != "racecheck" or "RACECHECK SUMMARY" not in done.stdout:
-        print(done.stdout)
-        return done.returncode
-    return _judged(done.stdout)
+    command += [sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"]
+
+    def run(part: int) -> str:
+        environ = {**os.environ, INSIDE: f"{part}/{given.processes}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    with ThreadPoolExecutor(given.processes) as pool:
+        return judged(given.tool, list(pool.map(run, range(given.processes))))
 
 
-def _judged(report: str) -> int:
-    """1 if racecheck found what is neither of two things that Triton's own code does, which are counted.
+_CASES = re.compile(r"^(\d+) cases(, forward and backward, on .*)$", re.MULTILINE)
+
+
+def judged(tool: str, reports: Sequence[str]) -> int:
+    """What the tool said of each process, in a few lines; 1 if it is anything of ours or one of them did not end."""
+    summary = "RACECHECK SUMMARY" if tool == "racecheck" else "ERROR SUMMARY"
+    ended = [text for text in reports if summary in text and _CASES.search(text)]
+    print("\n".join(text for text in reports if text not in ended), end="")
+    found = [match for text in ended if (match := _CASES.search(text))]
+    print(f"{sum(int(match[1]) for match in found)} cases{found[0][2] if found else ''}")
+    if tool == "racecheck":
+        failed = _races("".join(ended)) > 0
+    else:
+        counts = [int(count) for text in ended for count in re.findall(r"ERROR SUMMARY: (\d+)", text)]
+        failed = sum(counts) > 0
+        print("\n".join(text for text, count in zip(ended, counts, strict=True) if count), end="")
+        print(f"========= ERROR SUMMARY: {sum(counts)} errors")
+    return int(failed or len(ended) < len(reports))
+
+
+def _races(report: str) -> int:
+    """How many racecheck found that are neither of two things that Triton's own code does, which are counted.
 
     It does not follow the barriers between the warps of a program and those that wait for a partition.
     """
@@ -119,12 +157,12 @@ def _judged(report: str) -> int:
             apart["warps that wait for a partition are handed its number and what it is given"] += 1
         else:
             ours.append(block.strip())
-    print("\n".join(ours))
-    print(next(line for line in report.splitlines() if "cases, forward and backward" in line))
+    for race in ours:
+        print(race)
     for what, count in apart.items():
         print(f"{count} reports set apart: {what}")
     print(f"{len(ours)} other races")
-    return int(bool(ours))
+    return len(ours)
 
 
 def _lines_of_dispatch(kernel: str) -> set[int]:
