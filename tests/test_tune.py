@@ -42,6 +42,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
     monkeypatch.setattr(tuning, "machine_of", lambda device: MACHINE)
     monkeypatch.setattr(tuning, "FORCED", False)
     monkeypatch.setattr(tile_search, "search", search)
+    monkeypatch.setattr(tile_search, "serves", lambda device, key: key.length < 2048)
     arguments = pytest.importorskip("trifast_inductor.kernels.triangle_attention.arguments")
     monkeypatch.setattr(arguments, "dot_precision", lambda *_: "ieee")  # it may ask the driver
     return searched
@@ -52,6 +53,15 @@ def test_the_default_grid(gpu: list[Key]) -> None:
     assert len(gpu) == 7 * 4
     assert {key.length for key in gpu} == {16, 32, 64, 128, 256, 512, 1024}
     assert {key[1:5] for key in gpu} == {(torch.bfloat16, "ieee", 32, 4)}
+
+
+def test_kernels_that_no_launch_takes_are_left_out(gpu: list[Key], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--min-n", "1024", "--max-n", "2048"]
+    tune.main(options)
+    assert {key.length for key in gpu} == {1024}
+    assert "4 of 8 shapes go to kernels for Hopper, whose tiles are fixed" in capsys.readouterr().out
+    tune.main([*options, "--all-kernels"])
+    assert {key.length for key in gpu} == {1024, 2048}
 
 
 def test_lists_take_commas(gpu: list[Key]) -> None:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    return _tune(list(keys(arguments)), torch.cuda.current_device())
+    return _tune(list(keys(arguments)), torch.cuda.current_device(), arguments.all_kernels)
 
 
 def keys(arguments: argparse.Namespace) -> Iterator[Key]:
@@ -57,10 +57,15 @@ def keys(arguments: argparse.Namespace) -> Iterator[Key]:
         yield tuning.make_key(kernel, dtype, dot_precision(dtype, D), D, H, N, mask, bias=True)
 
 
-def _tune(wanted: list[Key], device: int) -> int:
+def _tune(wanted: list[Key], device: int, all_kernels: bool) -> int:
     from trifast_inductor.kernels.triangle_attention import tile_search
 
     machine = tuning.machine_of(device)
+    if not all_kernels:
+        serving = [key for key in wanted if tile_search.serves(device, key)]
+        if fixed := len(wanted) - len(serving):
+            print(f"{fixed} of {len(wanted)} shapes go to kernels for Hopper, whose tiles are fixed")
+        wanted = serving
     stored = {} if tuning.FORCED else tuning.load(machine)
     todo = [key for key in wanted if key not in stored]
     print(f"{machine.gpu}: {len(todo)} of {len(wanted)} shapes to tune, {len(wanted) - len(todo)} stored already")
@@ -116,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--d", type=integers, default=[32], help="head size, 32 by default; commas between several")
     parser.add_argument("--mask", choices=("on", "off", "both"), default="on", help="tune with masked keys or without")
     parser.add_argument("--tf32", action="store_true", help="tune float32 for tf32 products")
+    parser.add_argument(
+        "--all-kernels", action="store_true", help="also kernels that only calls with a bias of another dtype take"
+    )
     parser.add_argument("--show", action="store_true", help="list what is stored, tune nothing")
     parser.add_argument("--clear", action="store_true", help="remove what is stored, tune nothing")
     return parser

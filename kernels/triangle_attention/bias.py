@@ -19,6 +19,18 @@ _TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
 
 
 @triton.jit
+def copy_row(bias_ptr, rows_ptr, strides, H, I, J, J_bias, pid, BLOCK_J: tl.constexpr):
+    """The part of a row that is the pid-th, of blocks of so many keys; zeros past its end."""
+    blocks = tl.cdiv(J_bias, BLOCK_J)
+    row = pid // blocks
+    j = pid % blocks * BLOCK_J + tl.arange(0, BLOCK_J)
+    head = (row // I).to(tl.int64)
+    bias_ptr += head // H * strides[0] + head % H * strides[1] + row % I * strides[2]
+    bias = tl.load(bias_ptr + j * strides[3], mask=j < J, other=0.0)
+    tl.store(rows_ptr + row.to(tl.int64) * J_bias + j, bias, mask=j < J_bias)
+
+
+@triton.jit
 def _triangle_attention_bias_rows(
     bias_ptr,
     rows_ptr,  # [B, H, I, J_bias] contiguous
@@ -34,13 +46,14 @@ def _triangle_attention_bias_rows(
     PDL: tl.constexpr,
 ):
     after_the_kernel_before(PDL)
-    blocks = tl.cdiv(J_bias, BLOCK_J)
-    row = tl.program_id(0) // blocks
-    j = tl.program_id(0) % blocks * BLOCK_J + tl.arange(0, BLOCK_J)
-    head = (row // I).to(tl.int64)
-    bias_ptr += head // H * stride_bias_b + head % H * stride_bias_h + row % I * stride_bias_i
-    bias = tl.load(bias_ptr + j * stride_bias_j, mask=j < J, other=0.0)
-    tl.store(rows_ptr + row.to(tl.int64) * J_bias + j, bias, mask=j < J_bias)
+    strides = (stride_bias_b, stride_bias_h, stride_bias_i, stride_bias_j)
+    copy_row(bias_ptr, rows_ptr, strides, H, I, J, J_bias, tl.program_id(0), BLOCK_J)
+
+
+def rows_shape(bias: Tensor) -> tuple[int, int, int, int]:
+    """Of a copy: its rows end on 16 elements."""
+    B, H, I, J = bias.shape
+    return B, H, I, J + -J % 16
 
 
 class AlignedRows:
@@ -50,7 +63,7 @@ class AlignedRows:
         self._copy: Launch | None = None
         if bias is not None and not arguments.bias_is_aligned(bias):
             B, H, I, J = bias.shape
-            self._shape = (B, H, I, J + -J % 16)
+            self._shape = rows_shape(bias)
             sizes = {"H": H, "I": I, "J": J, "J_bias": self._shape[3]}
             programs = B * H * I * triton.cdiv(self._shape[3], _TILE.BLOCK_J)
             given = arguments.strides("bias_", bias, "bhij")

@@ -6,14 +6,18 @@ not compile, does not fit, or gives another result than the shipped one is passe
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import backward, forward, tiling, tuning
+from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
+from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.tile_store import Entry
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
@@ -76,26 +80,47 @@ def median_ms(run: Run) -> float:
     return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
 
 
+def serves(device: int, key: Key) -> bool:
+    """Whether launches take this kernel at some length that the key stands for, operands and bias of one dtype.
+
+    Long sequences of 16 bits go to kernels for Hopper, whose tiles are fixed by the order in which they keep the bias.
+    """
+    if tuning.machine_of(device).capability != (9, 0):
+        return True
+    return any(_is_portable(device, key, length) for length in (key.length // 2 + 1, key.length))
+
+
+def _is_portable(device: int, key: Key, length: int) -> bool:
+    make = functools.partial(torch.empty, device=torch.device("cuda", device))
+    grad_out, q, k, v, bias, key_bias = _operands(key, length, make)
+    if key.kernel == "forward":
+        return hopper.refusal(q, k, v, bias, None, *_NUMBERS) is not None
+    return lean.refusal(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is not None
+
+
+_NUMBERS = (1.0, 0.0, True)  # scale, fill, and a key term that comes before the bias
+
+
+def _operands(key: Key, N: int, make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Any, Any]:
+    """A gradient of the output, q, k, v, bias and key term."""
+    grad_out, q, k, v = (make((1, N, N, key.H, key.D), dtype=key.dtype) for _ in range(4))
+    bias = make((1, key.H, N, N), dtype=key.dtype) if key.bias else None
+    key_bias = make((1, N, N), dtype=torch.float32) if key.mask else None
+    return grad_out, q, k, v, bias, key_bias
+
+
 def workload(device: int, key: Key) -> Run:
     """A launch on random inputs that takes its tile by this key: the portable forward, or the whole backward."""
-    H, D, N = key.H, key.D, key.length
     where = torch.device("cuda", device)
-    generator = torch.Generator(where).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=where, dtype=key.dtype)
-
-    q, k, v, grad_out = (normal(1, N, N, H, D) for _ in range(4))
-    bias = normal(1, H, N, N) if key.bias else None
-    key_bias = None
-    if key.mask:
-        left_out = torch.rand((1, N, N), generator=generator, device=where) < 0.1
-        key_bias = torch.where(left_out, -1e9, 0.0)
-    inputs = (q, k, v, bias, key_bias, None, D**-0.5, 0.0, True)
+    make = functools.partial(torch.randn, generator=torch.Generator(where).manual_seed(0), device=where)
+    grad_out, q, k, v, bias, key_bias = _operands(key, key.length, make)
+    if key_bias is not None:  # a tenth of the keys are left out
+        key_bias = torch.where(key_bias > 1.2816, -1e9, 0.0)
+    tensors = (q * key.D**-0.5, k, v, bias, key_bias, None)
     if key.kernel == "forward":
-        return lambda: forward.portable(*inputs)
-    results = forward.portable(*inputs)
-    return lambda: backward.portable(grad_out, *inputs[:6], *results, *inputs[6:], bias is not None)
+        return lambda: forward.portable(*tensors, *_NUMBERS)
+    results = forward.portable(*tensors, *_NUMBERS)
+    return lambda: backward.portable(grad_out, *tensors, *results, *_NUMBERS, key.bias)
 
 
 def search(device: int, key: Key, measure: Measure = median_ms, workload: Workload = workload) -> Outcome:

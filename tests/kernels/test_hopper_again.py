@@ -1,4 +1,4 @@
-"""What surrounds the Hopper forward in plain Triton: the words of the bias, and the blocks computed again."""
+"""What surrounds the Hopper forward in plain Triton: what is prepared for it, and the blocks computed again."""
 
 from dataclasses import replace
 
@@ -9,15 +9,17 @@ from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs
 
 pytest.importorskip("triton")
-from trifast_inductor.kernels.triangle_attention.hopper import again, bias
+from trifast_inductor.kernels.triangle_attention.hopper import again
+from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepare
 
 
 def compute_again(x: Inputs, out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor) -> None:
     I, J = x.bias.shape[2:]
     tiles = (-(-I // 64), -(-J // 64))
-    _, sizes = bias.Tiles(x.bias, 1.0, *tiles, 64, 64)(x.bias)
     key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
-    again.Again(*x.op, tiles, 64)(x.q, x.k, x.v, x.bias, key, sizes, out, row_max, row_sum)
+    prepared = Prepare(x.bias, key, x.scale, tiles, (64, 64, 64))(x.bias, key)
+    run = again.Again(*replace(x, bias=prepared.rows).op, tiles, 64)
+    run(x.q, x.k, x.v, key, prepared, out, row_max, row_sum)
 
 
 @pytest.mark.parametrize("heads_last", [False, True], ids=["bias of rows", "bias of heads"])
@@ -105,7 +107,7 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
     given[0, 0, 1, 8:15] = special  # in the other half of a word
     given = given.to(dtype).to(device)
     scale = 32**-0.5
-    words, sizes = bias.Tiles(given, 1 / scale, 2, 4, 64, 64)(given)
+    words, sizes, *_ = Prepare(given, None, scale, (2, 4), (64, 64, 128))(given, None)
     x = _unpacked(words, dtype, 2, 2, 4).cpu()
     assert sizes[0, 0, 0, 0] == float("inf")
     assert sizes[0, 1, 1, 1] == given[0, 1, 64:, 64:128].abs().max()
@@ -129,8 +131,22 @@ def test_key_terms_are_padded_and_flagged(device, select):
     key = torch.zeros(2, 3, 150, dtype=torch.uint8 if select else torch.bfloat16)
     key[0, 1, 7] = key[1, 2, 64] = key[1, 2, 149] = 1 if select else -3.0
     key = key.mT.contiguous().mT.to(device)
-    terms, flags = bias.KeyTerms(key, 0.25, 3, 64)(key)
+    bias = torch.zeros(2, 1, 1, 150, dtype=torch.bfloat16, device=device)
+    _, _, terms, flags, _ = Prepare(bias, key, 0.25, (1, 3), (64, 64, 64))(bias, key)
     expected = torch.zeros(2, 3, 192)
     expected[0, 1, 7] = expected[1, 2, 64] = expected[1, 2, 149] = float("-inf") if select else -12.0
     assert torch.equal(terms.cpu().view(2, 3, 192), expected)
     assert flags[:-1].view(2, 3, 3).nonzero().tolist() == [[0, 1, 0], [1, 2, 1], [1, 2, 2]]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("has_key_term", [False, True])
+def test_rows_are_the_bias_itself_where_it_can_be_read(device, aligned, has_key_term):
+    bias = torch.randn(2, 3, 70, 1104 if aligned else 1100, device=device).bfloat16()
+    key = torch.zeros(2, 3, bias.shape[3], dtype=torch.uint8, device=device) if has_key_term else None
+    tiles = (2, -(-bias.shape[3] // 64))
+    rows = Prepare(bias, key, 1.0, tiles, (64, 64, 64))(bias, key).rows
+    assert (rows is bias) == aligned
+    assert rows.shape == (2, 3, 70, 1104)
+    assert torch.equal(rows[..., : bias.shape[3]], bias)
+    assert (rows[..., bias.shape[3] :] == 0).all()

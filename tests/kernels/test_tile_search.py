@@ -1,6 +1,7 @@
 """The search, with times made up: no GPU is needed to know that it ends at the fastest tile it may take."""
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,44 @@ def test_no_block_is_longer_than_the_axis() -> None:
 def test_it_reads_well() -> None:
     outcome = run(lambda sizes: 1.0)
     assert str(outcome).startswith(f"{KEY}: 128x32 w4 s3 -> 128x32 w4 s3, 1.0000 -> 1.0000 ms, ")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "D", "length", "expected"),
+    [
+        ("forward", torch.bfloat16, 32, 256, True),  # for lengths of 129 to 255
+        ("forward", torch.bfloat16, 32, 512, False),
+        ("forward", torch.bfloat16, 128, 512, True),
+        ("forward", torch.float32, 32, 512, True),
+        ("dq", torch.float16, 64, 256, True),
+        ("dkdv", torch.float16, 64, 512, False),
+        ("dbias", torch.bfloat16, 128, 512, True),
+    ],
+)
+def test_on_hopper_some_kernels_serve_no_launch(monkeypatch, kernel, dtype, D, length, expected):
+    hopper = tile_search.hopper
+    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(hopper, "gluon_refusal", lambda: None)
+    monkeypatch.setattr(tile_search.lean, "_is_hopper", lambda: True)
+    monkeypatch.setattr(tuning, "machine_of", lambda _: SimpleNamespace(capability=(9, 0)))
+    operands = tile_search._operands
+    monkeypatch.setattr(tile_search, "_operands", lambda key, N, make: operands(key, N, of_cuda))
+    assert tile_search.serves(0, Key(kernel, dtype, "ieee", D, 4, length, True, True)) == expected
+
+
+class OnCuda(torch.Tensor):
+    """Says so; it has no elements."""
+
+    device = torch.device("cuda", 0)
+
+
+def of_cuda(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta").as_subclass(OnCuda)
+
+
+def test_elsewhere_the_portable_kernels_serve_all(monkeypatch):
+    monkeypatch.setattr(tuning, "machine_of", lambda _: SimpleNamespace(capability=(10, 0)))
+    assert tile_search.serves(0, KEY)
 
 
 @pytest.mark.gpu

@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments
-from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
-from trifast_inductor.kernels.triangle_attention.hopper.bias import size_of
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
+from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepared, size_of
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
@@ -246,7 +245,9 @@ def _programs(device: int) -> int:
 class Again:
     """Overwrites blocks of 64 queries of `out`, `row_max` and `row_sum` where one of the row sums is NaN.
 
-    The bias is in so many `tiles` of TILE_I queries, 64 or more, and of keys; their `sizes` are of `bias.Tiles`.
+    Args:
+        rows: the bias, in aligned rows: read two bytes at a time, a block takes five times as long.
+        tiles: so many of TILE_I queries, 64 or more, and of keys, are those of which sizes are given.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class Again:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor,
+        rows: Tensor,
         key_bias: Tensor | None,
         key_mask: Tensor | None,
         scale: float,
@@ -264,11 +265,8 @@ class Again:
         TILE_I: int,
     ) -> None:
         B, R, I, H, _ = q.shape
-        # A bias whose heads lie innermost, as a Linear leaves them, is copied first: read two bytes at a time, a block
-        # takes five times as long.
-        self._aligned = AlignedRows(bias)
         given = {
-            **arguments.shared(q, k, v, self._aligned(bias), key_bias, key_mask, scale, fill, key_term_first),
+            **arguments.shared(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first),
             **arguments.evenness(I, k.shape[2], _TILE),
             "B": B,
             "tiles_i": tiles[0],
@@ -284,11 +282,10 @@ class Again:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor,
         key: Tensor | None,
-        sizes: Tensor,
+        prepared: Prepared,
         out: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
     ) -> None:
-        self._run(q, k, v, self._aligned(bias), key, sizes, out, row_max, row_sum)
+        self._run(q, k, v, prepared.rows, key, prepared.sizes, out, row_max, row_sum)

@@ -10,7 +10,7 @@ its sum and leaves a row sum of NaN; `again.py` then computes its block in the u
 
 **Sharing.** A program works on ROWS rows r and BLOCKS blocks of queries at a time, a partition of warps for each pair.
 One more warp copies k, v and the key terms, used by BLOCKS partitions, and the bias, used by ROWS, through a ring in
-shared memory. The bias comes in the order in which accumulators lie in registers (`bias.py`).
+shared memory. The bias comes in the order in which accumulators lie in registers (`forward_passes.py`).
 
 Source of the roles: Shah et al. 2024 (FlashAttention-3), section 3.1.
 """
@@ -26,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
-from trifast_inductor.kernels.triangle_attention import memory
+from trifast_inductor.kernels.triangle_attention import arguments, memory
+from trifast_inductor.kernels.triangle_attention.bias import rows_shape
 from trifast_inductor.kernels.triangle_attention.hopper import again
-from trifast_inductor.kernels.triangle_attention.hopper import bias as bias_pass
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepare, Prepared
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
@@ -98,8 +99,8 @@ def _triangle_attention_fwd_hopper(
     q_desc,
     k_desc,
     v_desc,
-    words_desc,  # of `bias.Tiles`
-    terms_desc,  # of `bias.KeyTerms`, as is what follows
+    words_desc,  # of `forward_passes.py`, as are the next two
+    terms_desc,
     flags_ptr,
     out_ptr,  # [B, R, I, H, D] contiguous
     row_max_ptr,  # [B, R, H, I] contiguous
@@ -222,8 +223,7 @@ class Plan:
         self._shape, self._statistics_shape = (B, R, I, H, D), (B, R, H, I)
         key = key_bias if key_mask is None else key_mask.view(torch.uint8)
         tiles = (groups * shape.BLOCKS, stages * shape.TILES)
-        self._words = bias_pass.Tiles(bias, 1 / scale, *tiles, BLOCK_I, BLOCK_J)
-        self._key_terms = None if key is None else bias_pass.KeyTerms(key, scale, stages, STAGE_J)
+        self._prepare = Prepare(bias, key, scale, tiles, (BLOCK_I, BLOCK_J, STAGE_J))
         given = {
             "R": R,
             "H": H,
@@ -247,19 +247,19 @@ class Plan:
         }
         programs = min(items, multiprocessors(q.get_device()))
         self._attend = CopyingLaunch(_triangle_attention_fwd_hopper, programs, given, shape.NUM_WARPS, boxes)
-        self._again = again.Again(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, tiles, BLOCK_I)
+        rows = bias if arguments.bias_is_aligned(bias) else memory.empty(rows_shape(bias), bias.dtype, bias)
+        self._again = again.Again(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first, tiles, BLOCK_I)
 
     def fixed_shift(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The results but for rows for which a fixed shift is no good: their row sum is NaN. And sizes of the bias."""
+    ) -> tuple[Tensor, Tensor, Tensor, Prepared]:
+        """The results but for rows for which a fixed shift is no good: their row sum is NaN. And what was prepared."""
         out = memory.empty(self._shape, q.dtype, q)
         row_max = memory.empty(self._statistics_shape, torch.float32, q)
         row_sum = memory.empty(self._statistics_shape, torch.float32, q)
-        words, sizes = self._words(bias)
-        terms, flags = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
-        self._attend(q, k, v, words, terms, flags, out, row_max, row_sum)
-        return out, row_max, row_sum, sizes
+        prepared = self._prepare(bias, key)
+        self._attend(q, k, v, prepared.words, prepared.terms, prepared.flags, out, row_max, row_sum)
+        return out, row_max, row_sum, prepared
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_bias: Tensor | None, key_mask: Tensor | None
@@ -269,6 +269,6 @@ class Plan:
         The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
         """
         key = key_bias if key_mask is None else key_mask.view(torch.uint8)
-        out, row_max, row_sum, sizes = self.fixed_shift(q, k, v, bias, key)
-        self._again(q, k, v, bias, key, sizes, out, row_max, row_sum)
+        out, row_max, row_sum, prepared = self.fixed_shift(q, k, v, bias, key)
+        self._again(q, k, v, key, prepared, out, row_max, row_sum)
         return out, row_max, row_sum
