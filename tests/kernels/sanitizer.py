@@ -1,7 +1,8 @@
 """Launches for CUDA's compute-sanitizer: `python -m tests.kernels.sanitizer {memcheck,racecheck,initcheck,synccheck}`.
 
-Runs parts of the grid side by side under the tool, with an allocation of its own for every tensor, and exits with the
-tool's error. Small sizes, odd and even, every kernel and every way to read a key term; a few minutes in all.
+Runs parts of the grid side by side under the tool, on all GPUs, with an allocation of its own for every tensor, and
+exits with the tool's error. Small sizes, odd and even, every kernel and every way to read a key term; a few minutes
+in all.
 """
 
 from __future__ import annotations
@@ -114,8 +115,17 @@ def main() -> int:
         command += ["--print-limit", "0"]
     command += [sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"]
 
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(n) for n in range(torch.cuda.device_count())]
+
     def run(part: int) -> str:
-        environ = {**os.environ, INSIDE: f"{part}/{given.processes}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environ = {
+            **os.environ,
+            INSIDE: f"{part}/{given.processes}",
+            "CUDA_VISIBLE_DEVICES": gpus[part % len(gpus)],
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        }
         return subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
     with ThreadPoolExecutor(given.processes) as pool:

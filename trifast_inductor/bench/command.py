@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.compile_only:
             return module_command.compile_only(arguments, device) if arguments.module else _compile(arguments, device)
         if arguments.prepare:
-            compile_ahead(options, arguments.n, device)
+            compile_ahead(options, _parts(arguments), device)
         header = environment.describe(device, command, arguments.commit)
         if arguments.module:
             return module_command.run(arguments, device, header, directory)
@@ -90,6 +90,15 @@ def _compile(arguments: argparse.Namespace, device: torch.device) -> int:
         if peer.backend is not None and peer.absent(device) is None:
             compile_only(case, peer, device)
     return 0
+
+
+def _parts(arguments: argparse.Namespace) -> list[list[str]]:
+    """Of the grid, about as long to compile, that of the longest N first: the others would wait for it."""
+    each = [["--n", str(N)] for N in sorted(arguments.n, reverse=True)]
+    if not arguments.module:
+        return each
+    grid = itertools.product(each, arguments.models, arguments.variants)
+    return [[*n, "--models", model, "--variants", variant] for n, model, variant in grid]
 
 
 def lengths(arguments: argparse.Namespace, device: torch.device) -> list[int]:
@@ -150,5 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     modules.add_argument(
         "--module", action="store_true", help="a triangle attention module and a Pairformer-like block"
     )
+    models, variants = list(module_command.MODELS), list(module_command.VARIANTS)
+    modules.add_argument("--models", type=names(models), default=models, help=", ".join(models))
+    modules.add_argument("--variants", type=names(variants), default=variants, help=", ".join(variants))
     modules.add_argument("--kernels", type=int, metavar="N", help="list what each module launches at this N, in order")
     return parser

@@ -22,6 +22,7 @@ from trifast_inductor.bench.tables import figure, ratio
 from trifast_inductor.bench.timing import Clock, freed_afterwards
 from trifast_inductor.tables import CsvFile, header_text, markdown
 
+MODELS = modules.MODELS
 C_PAIR, C_SINGLE = 128, 384
 LENGTHS = {"cuda": [128, 256, 384, 512, 768], "cpu": [16, 32]}
 QUICK = {"cuda": [128], "cpu": [16]}
@@ -56,12 +57,20 @@ class Variant:
     core: modules.Core = modules.eager_core
 
 
-def variants(device: torch.device) -> list[Variant]:
-    """Plain inductor comes first: the others are compared with it."""
-    found = [Variant(REFERENCE, "inductor"), Variant("trifast", "trifast")]
-    if device.type == "cuda" and importlib.util.find_spec("cuequivariance_torch") is not None:
-        found.append(Variant("inductor, cuequivariance called", "inductor", modules.cuequivariance_core()))
-    return found
+# Plain inductor comes first: the others are compared with it.
+VARIANTS: dict[str, Callable[[], Variant]] = {
+    REFERENCE: lambda: Variant(REFERENCE, "inductor"),
+    "trifast": lambda: Variant("trifast", "trifast"),
+    "cuequivariance": lambda: Variant("inductor, cuequivariance called", "inductor", modules.cuequivariance_core()),
+}
+
+
+def variants(wanted: Sequence[str], device: torch.device) -> list[Variant]:
+    """Those of `VARIANTS` that can run."""
+    has_cuequivariance = device.type == "cuda" and importlib.util.find_spec("cuequivariance_torch") is not None
+    return [
+        make() for name, make in VARIANTS.items() if name in wanted and (name != "cuequivariance" or has_cuequivariance)
+    ]
 
 
 def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, str], directory: Path) -> int:
@@ -74,7 +83,7 @@ def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, s
     file = CsvFile(directory / "modules.csv", header, ModuleRow)
     for model, B, H, D, dtype, N in _grid(arguments):
         reference: Tensor | None = None
-        for variant in variants(device):
+        for variant in variants(arguments.variants, device):
             with freed_afterwards(device):
                 bench = _Bench(model, variant, B, H, D, N, DTYPES[dtype], device)
                 rows.append(bench.measured(clock, reference, deadline))
@@ -97,7 +106,7 @@ def run(arguments: argparse.Namespace, device: torch.device, header: dict[str, s
 def compile_only(arguments: argparse.Namespace, device: torch.device) -> int:
     """Inference and training of every variant once, for the compilers' caches on disk."""
     for model, B, H, D, dtype, N in _grid(arguments):
-        for variant in variants(device):
+        for variant in variants(arguments.variants, device):
             with freed_afterwards(device), contextlib.suppress(Exception):
                 bench = _Bench(model, variant, B, H, D, N, DTYPES[dtype], device)
                 bench.forward()
@@ -107,7 +116,7 @@ def compile_only(arguments: argparse.Namespace, device: torch.device) -> int:
 
 def _grid(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, int, str, int]]:
     yield from itertools.product(
-        modules.MODELS, arguments.b, arguments.h, arguments.d, arguments.dtype, sorted(arguments.n)
+        arguments.models, arguments.b, arguments.h, arguments.d, arguments.dtype, sorted(arguments.n)
     )
 
 
@@ -130,7 +139,7 @@ class _Bench:
             "dtype": dtype_name(dtype),
         }
         self.device = device
-        self.module: nn.Module = modules.MODELS[model](C_PAIR, H, D, core=variant.core).to(device, dtype)
+        self.module: nn.Module = MODELS[model](C_PAIR, H, D, core=variant.core).to(device, dtype)
         self.backend = variant.backend
         self.compiled = self._compile()
         self.s = torch.randn(B, N, C_SINGLE).to(device, dtype).requires_grad_()
@@ -192,10 +201,11 @@ def module_tables(rows: Sequence[ModuleRow]) -> str:
     same = ("model", "B", "H", "D", "N", "dtype")
     lines = []
     for row in rows:
-        plain = next(r for r in rows if r.variant == REFERENCE and all(getattr(r, x) == getattr(row, x) for x in same))
+        alike = (r for r in rows if r.variant == REFERENCE and all(getattr(r, x) == getattr(row, x) for x in same))
+        plain = next(alike, None)
         cells = [row.model, str(row.N), row.variant]
         for name in ("forward_device_ms", "step_device_ms", "forward_call_ms", "step_call_ms"):
-            cells += [figure(getattr(row, name)), ratio(getattr(plain, name), getattr(row, name))]
+            cells += [figure(getattr(row, name)), ratio(getattr(plain, name, None), getattr(row, name))]
         cells += ["" if x is None else f"{x:.0f}" for x in (row.forward_mib, row.step_mib)]
         lines.append([*cells, "" if row.difference is None else f"{row.difference:.1e}", row.note])
     shape = ", ".join(dict.fromkeys(f"B={r.B} H={r.H} D={r.D} {r.dtype}" for r in rows))

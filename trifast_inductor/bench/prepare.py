@@ -1,4 +1,4 @@
-"""Compiling ahead of the clock: other processes fill the compilers' disk caches, one for each N."""
+"""Compiling ahead of the clock: other processes fill the compilers' disk caches, each with a part of the grid."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 _SECONDS = 300
 
 
-def compile_ahead(options: Sequence[str], lengths: Sequence[int], device: torch.device) -> None:
-    """Run the same command with `--compile-only` for each length, a few at a time; failures are left to the clock.
+def compile_ahead(options: Sequence[str], parts: Sequence[Sequence[str]], device: torch.device) -> None:
+    """Run the same command with `--compile-only` for each part, a few at a time; failures are left to the clock.
 
-    The longest first: they are what the others would wait for.
+    Args:
+        parts: options that narrow the grid, such as `["--n", "64"]`; what takes longest comes first.
     """
-    at_once = max(1, min(len(lengths), (os.cpu_count() or 1) // 2))
-    waiting = [_command(options, N, device) for N in sorted(lengths, reverse=True)]
+    at_once = max(1, min(len(parts), (os.cpu_count() or 1) // 2))
+    waiting = [_command(options, part, device) for part in parts]
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -31,7 +32,7 @@ def compile_ahead(options: Sequence[str], lengths: Sequence[int], device: torch.
             first.wait()
 
 
-def _command(options: Sequence[str], N: int, device: torch.device) -> list[str]:
+def _command(options: Sequence[str], part: Sequence[str], device: torch.device) -> list[str]:
     # The last of two equal options holds.
-    own = ["--n", str(N), "--device", device.type, "--compile-only"]
+    own = [*part, "--device", device.type, "--compile-only"]
     return [sys.executable, "-W", "ignore", "-m", "trifast_inductor", "bench", *options, *own]
