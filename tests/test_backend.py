@@ -83,6 +83,16 @@ class TestBackend:
         )
         assert run_python(program).strip() == "{'rewritten': 1}"
 
+    @is_installed
+    def test_it_can_be_reset_before_anything_was_compiled(self):
+        """Where inductor has not been imported: torch walks a list of backends then, to which an import would add."""
+        run_python(
+            "import sys, torch\n"
+            "torch.compile(torch.nn.Linear(2, 2), backend='trifast')\n"
+            "assert 'torch._inductor.cudagraph_trees' not in sys.modules\n"
+            "torch._dynamo.reset()"
+        )
+
     @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
     def test_modes(self, mode):
         assert run_core(backend="trifast", mode=mode) == 1

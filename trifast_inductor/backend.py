@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -52,9 +53,11 @@ def trifast(
 
 
 def _reset() -> None:
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-    reset_cudagraph_trees()
+    # Where nothing has imported it there is nothing to reset, and torch is not done with its list of backends: to
+    # import inductor adds to it.
+    cudagraph_trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if cudagraph_trees is not None:
+        cudagraph_trees.reset_cudagraph_trees()
 
 
 # A checkout that is not installed has no entry point; there, importing the package makes the name known.
