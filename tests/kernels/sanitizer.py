@@ -1,19 +1,21 @@
 """Launches for CUDA's compute-sanitizer: `python -m tests.kernels.sanitizer {memcheck,racecheck,initcheck,synccheck}`.
 
-Runs parts of the grid side by side under the tool, on all GPUs, with an allocation of its own for every tensor, and
-exits with the tool's error. Small sizes, odd and even, every kernel and every way to read a key term; a few minutes
-in all.
+Runs the cases under the tool, several at a time, each in a process of its own with an allocation of its own for every
+tensor, and exits with an error if anything was found or a case did not end. Small sizes, odd and even, every kernel and
+every way to read a key term.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,44 +29,37 @@ import torch
 from trifast_inductor.kernels.triangle_attention import op, tuning
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.options import integers
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs, results
 
-INSIDE = "TRIFAST_UNDER_SANITIZER"
+INSIDE = "TRIFAST_UNDER_SANITIZER"  # the number of a case
+SECONDS = 300  # after which a case is given up, and where it stands is printed
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-def cases() -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-    """Forward and backward over a grid for the portable kernels, and over one for those for Hopper."""
-    portable = [
+def cases() -> list[Callable[[], None]]:
+    """Forward and backward over a grid for the portable kernels and, on a Hopper GPU, one for its own."""
+    found = [
         partial(_launch, dtype, N, N + 7 * (n % 2), D, KEY_TERMS[n % len(KEY_TERMS)], n % 3 == 0, n % 5 != 0)
         for n, (dtype, N, D) in enumerate(
             itertools.product((torch.bfloat16, torch.float32), (16, 33, 64, 100), (16, 32, 128))
         )
     ]
-    hopper = [
-        partial(_launch, dtype, 130 + n % 3, 200 + n % 2, D, key_term)
-        for n, (dtype, D, key_term) in enumerate(
-            itertools.product((torch.bfloat16, torch.float16), (16, 32, 64), KEY_TERMS)
-        )
-    ]
-    return portable, hopper
+    if torch.cuda.get_device_capability() == (9, 0):
+        found += [
+            partial(_launch_on_hopper, dtype, 130 + n % 3, 200 + n % 2, D, key_term)
+            for n, (dtype, D, key_term) in enumerate(
+                itertools.product((torch.bfloat16, torch.float16), (16, 32, 64), KEY_TERMS)
+            )
+        ]
+    return found
 
 
-def launches(part: int = 0, parts: int = 1) -> int:
-    """A part of the cases, those for Hopper on such a GPU only; how many."""
-    portable, hopper = cases()
-    mine = portable[part::parts]
-    for launch in mine:
-        launch()
-    if torch.cuda.get_device_capability() != (9, 0):
-        return len(mine)
+def _launch_on_hopper(*case: Any) -> None:
     _let_any_size_through()
-    of_hopper = hopper[part::parts]
-    for launch in of_hopper:
-        launch()
+    _launch(*case)
     if (why := choice.gluon_refusal()) is not None:
         raise RuntimeError(why)
-    return len(mine) + len(of_hopper)
 
 
 def _launch(
@@ -100,12 +95,14 @@ def _let_any_size_through() -> None:
 
 def main() -> int:
     if inside := os.environ.get(INSIDE):
-        part, parts = map(int, inside.split("/"))
-        print(f"{launches(part, parts)} cases, forward and backward, on {torch.cuda.get_device_name()}")
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        cases()[int(inside)]()
+        print(_ENDED)
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitizer", description=__doc__.splitlines()[0])
     parser.add_argument("tool", choices=TOOLS)
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="that share the grid")
+    parser.add_argument("--processes", type=int, default=4, help="at a time")
+    parser.add_argument("--cases", type=integers, help="their numbers, from 1; all by default")
     given = parser.parse_args()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(sanitizer):
@@ -115,33 +112,29 @@ def main() -> int:
         command += ["--print-limit", "0"]
     command += [sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"]
 
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if gpus == [""]:
-        gpus = [str(n) for n in range(torch.cuda.device_count())]
-
-    def run(part: int) -> str:
-        environ = {
-            **os.environ,
-            INSIDE: f"{part}/{given.processes}",
-            "CUDA_VISIBLE_DEVICES": gpus[part % len(gpus)],
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        }
-        return subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    def run(case: int) -> str:
+        start = time.monotonic()
+        environ = {**os.environ, INSIDE: str(case - 1), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        state = "ended" if _ENDED in done.stdout else "did not end"
+        print(f"case {case} {state} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        return done.stdout
 
     with ThreadPoolExecutor(given.processes) as pool:
-        return judged(given.tool, list(pool.map(run, range(given.processes))))
+        reports = list(pool.map(run, given.cases or range(1, len(cases()) + 1)))
+    failed = judged(given.tool, reports)
+    print(f"{len(reports)} cases, forward and backward, on {torch.cuda.get_device_name()}")
+    return failed
 
 
-_CASES = re.compile(r"^(\d+) cases(, forward and backward, on .*)$", re.MULTILINE)
+_ENDED = "results are finite"
 
 
 def judged(tool: str, reports: Sequence[str]) -> int:
-    """What the tool said of each process, in a few lines; 1 if it is anything of ours or one of them did not end."""
+    """What the tool said of each case, in a few lines; 1 if it is anything of ours or one of them did not end."""
     summary = "RACECHECK SUMMARY" if tool == "racecheck" else "ERROR SUMMARY"
-    ended = [text for text in reports if summary in text and _CASES.search(text)]
+    ended = [text for text in reports if summary in text and _ENDED in text]
     print("\n".join(text for text in reports if text not in ended), end="")
-    found = [match for text in ended if (match := _CASES.search(text))]
-    print(f"{sum(int(match[1]) for match in found)} cases{found[0][2] if found else ''}")
     if tool == "racecheck":
         failed = _races("".join(ended)) > 0
     else:
