@@ -32,8 +32,7 @@ from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.options import integers
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs, results
 
-INSIDE = "TRIFAST_UNDER_SANITIZER"  # the number of a case
-SECONDS = 300  # after which a case is given up, and where it stands is printed
+INSIDE = "TRIFAST_UNDER_SANITIZER"  # the number of a case, and seconds
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -95,14 +94,16 @@ def _let_any_size_through() -> None:
 
 def main() -> int:
     if inside := os.environ.get(INSIDE):
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        cases()[int(inside)]()
+        case, seconds = map(int, inside.split())
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        cases()[case - 1]()
         print(_ENDED)
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitizer", description=__doc__.splitlines()[0])
     parser.add_argument("tool", choices=TOOLS)
     parser.add_argument("--processes", type=int, default=4, help="at a time")
     parser.add_argument("--cases", type=integers, help="their numbers, from 1; all by default")
+    parser.add_argument("--seconds", type=int, default=300, help="after which a case is given up, and says where it is")
     given = parser.parse_args()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(sanitizer):
@@ -114,7 +115,7 @@ def main() -> int:
 
     def run(case: int) -> str:
         start = time.monotonic()
-        environ = {**os.environ, INSIDE: str(case - 1), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environ = {**os.environ, INSIDE: f"{case} {given.seconds}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         state = "ended" if _ENDED in done.stdout else "did not end"
         print(f"case {case} {state} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
