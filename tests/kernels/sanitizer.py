@@ -1,8 +1,7 @@
 """Launches for CUDA's compute-sanitizer: `python -m tests.kernels.sanitizer {memcheck,racecheck,initcheck,synccheck}`.
 
-Runs the cases under the tool, several at a time, each in a process of its own with an allocation of its own for every
-tensor, and exits with an error if anything was found or a case did not end. Small sizes, odd and even, every kernel and
-every way to read a key term.
+Runs the cases under the tool, with an allocation of its own for every tensor, and exits with an error if anything was
+found or a case did not end. Small sizes, odd and even, every kernel and every way to read a key term; a few minutes.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +29,7 @@ from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.options import integers
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs, results
 
-INSIDE = "TRIFAST_UNDER_SANITIZER"  # the number of a case, and seconds
+INSIDE = "TRIFAST_UNDER_SANITIZER"  # seconds for each case, and their numbers
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -94,14 +91,17 @@ def _let_any_size_through() -> None:
 
 def main() -> int:
     if inside := os.environ.get(INSIDE):
-        case, seconds = map(int, inside.split())
-        faulthandler.dump_traceback_later(seconds, exit=True)
-        cases()[case - 1]()
-        print(_ENDED)
+        seconds, *numbers = map(int, inside.split())
+        known = cases()
+        for number in numbers:
+            faulthandler.dump_traceback_later(seconds, exit=True)
+            known[number - 1]()
+            print(f"case {number} ended", flush=True)
+        faulthandler.cancel_dump_traceback_later()
+        print(f"{len(numbers)} {_ENDED} on {torch.cuda.get_device_name()}")
         return 0
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitizer", description=__doc__.splitlines()[0])
     parser.add_argument("tool", choices=TOOLS)
-    parser.add_argument("--processes", type=int, default=4, help="at a time")
     parser.add_argument("--cases", type=integers, help="their numbers, from 1; all by default")
     parser.add_argument("--seconds", type=int, default=300, help="after which a case is given up, and says where it is")
     given = parser.parse_args()
@@ -112,38 +112,39 @@ def main() -> int:
     if given.tool == "racecheck":
         command += ["--print-limit", "0"]
     command += [sys.executable, "-W", "ignore", "-m", "tests.kernels.sanitizer"]
-
-    def run(case: int) -> str:
-        start = time.monotonic()
-        environ = {**os.environ, INSIDE: f"{case} {given.seconds}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        state = "ended" if _ENDED in done.stdout else "did not end"
-        print(f"case {case} {state} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-        return done.stdout
-
-    with ThreadPoolExecutor(given.processes) as pool:
-        reports = list(pool.map(run, given.cases or range(1, len(cases()) + 1)))
-    failed = judged(given.tool, reports)
-    print(f"{len(reports)} cases, forward and backward, on {torch.cuda.get_device_name()}")
-    return failed
-
-
-_ENDED = "results are finite"
+    numbers = given.cases or range(1, len(cases()) + 1)
+    environ = {
+        **os.environ,
+        INSIDE: " ".join(map(str, (given.seconds, *numbers))),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
+    report = []
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            report.append(line)
+            if line.startswith("case "):
+                print(line, end="", file=sys.stderr)
+    return judged(given.tool, "".join(report))
 
 
-def judged(tool: str, reports: Sequence[str]) -> int:
-    """What the tool said of each case, in a few lines; 1 if it is anything of ours or one of them did not end."""
+_ENDED = "cases, forward and backward,"
+
+
+def judged(tool: str, report: str) -> int:
+    """What the tool said, in a few lines; 1 if it is anything of ours or a case did not end."""
     summary = "RACECHECK SUMMARY" if tool == "racecheck" else "ERROR SUMMARY"
-    ended = [text for text in reports if summary in text and _ENDED in text]
-    print("\n".join(text for text in reports if text not in ended), end="")
+    if _ENDED not in report or summary not in report:
+        print(report)
+        return 1
+    print(next(line for line in report.splitlines() if _ENDED in line))
     if tool == "racecheck":
-        failed = _races("".join(ended)) > 0
+        return int(_races(report) > 0)
+    found = next(line for line in report.splitlines() if summary in line)
+    if clean := found.endswith(" 0 errors"):
+        print(found)
     else:
-        counts = [int(count) for text in ended for count in re.findall(r"ERROR SUMMARY: (\d+)", text)]
-        failed = sum(counts) > 0
-        print("\n".join(text for text, count in zip(ended, counts, strict=True) if count), end="")
-        print(f"========= ERROR SUMMARY: {sum(counts)} errors")
-    return int(failed or len(ended) < len(reports))
+        print(report)
+    return int(not clean)
 
 
 def _races(report: str) -> int:
