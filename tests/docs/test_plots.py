@@ -76,15 +76,15 @@ def test_figures_of_the_readme_are_those_of_their_source() -> None:
     assert len(figures) == 8
     assert [figure for figure in figures if figure not in source] == []
     modules = (plots.BENCHMARKS / "nvidia-h200" / "modules.md").read_text(encoding="utf-8")
-    whole = re.search(r"^A whole triangle attention module .*?\n\n", readme, re.MULTILINE | re.DOTALL)
-    assert whole
-    assert re.search(r"commit (\w+)\)", whole[0])[1] in modules
-    found = re.findall(r"N=(\d+) ([\d.]+) / ([\d.]+) \((?:plain Inductor )?([\d.]+) / ([\d.]+)\)", whole[0])
-    assert len(found) == 2
-    for N, *gpu_ms in found:
-        columns = {(row[1], row[2]): row for row in _cells(modules)}
-        ours, plain = columns[N, "trifast"], columns[N, "inductor"]
-        assert gpu_ms == [ours[3], ours[5], plain[3], plain[5]]
+    whole = readme[readme.index("Whole modules in bfloat16") : readme.index("One module alone")]
+    assert re.search(r"commit (\w+)\)", whole)[1] in modules
+    timed = {tuple(row[:3]): f"{row[3]} / {row[5]}" for row in _cells(modules)}
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in whole.splitlines() if " / " in line]
+    variants = ("inductor", "inductor, cuequivariance called", "trifast")
+    lines = [line for line in lines if len(line) == 5]
+    assert len(lines) == 4
+    for model, N, *cells in lines:
+        assert cells == [timed.get((model, N, variant), "") for variant in variants]
     conditions = readme[readme.index("## Speed and memory") : readme.index("| bfloat16, N |")]
     for condition in ("NVIDIA H200", "torch 2.11.0+cu130", "triton 3.6.0", "B=1, H=4, D=32"):
         assert condition in conditions
