@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._triton import has_triton
 
+from .afresh import without_cached_graphs
 from .once import once
 
 
@@ -22,12 +23,12 @@ def the_same_numbers():
 
 @pytest.fixture
 def compiled_afresh(request):
-    """No graph and no count of an earlier test; no cache either, for a warm one does not call the pass."""
+    """No graph and no count of an earlier test, none from a cache either."""
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     torch._dynamo.reset()
     counters.clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with without_cached_graphs():
         yield
 
 

@@ -18,6 +18,7 @@ from trifast_inductor import rewrite
 from trifast_inductor.errors import DeclinedError, UnknownOptionError
 from trifast_inductor.rewrite import TriangleAttentionPass
 
+from .afresh import without_cached_graphs
 from .patterns.near_misses import ProbabilitiesReturned
 from .patterns.spellings import MatmulInPlace, inputs
 
@@ -74,9 +75,10 @@ class TestBackend:
     @is_installed
     def test_by_name_in_a_process_that_never_imported_the_package(self):
         program = (
-            "import torch, torch._inductor.config, sys\n"
+            "import torch, torch._functorch.config, torch._inductor.config, sys\n"
             "assert 'trifast_inductor' not in sys.modules\n"
-            "torch._inductor.config.force_disable_caches = True\n"  # on a hit the pass is not called
+            "torch._inductor.config.fx_graph_cache = False\n"  # on a hit the pass is not called
+            "torch._functorch.config.enable_autograd_cache = False\n"
             "f = torch.compile(lambda q, b: torch.softmax(q @ q.mT + b, -1) @ q, backend='trifast')\n"
             "f(torch.randn(1, 5, 2, 5, 8), torch.randn(2, 5, 5))\n"
             "print(dict(torch._dynamo.utils.counters['trifast']))"
@@ -209,7 +211,7 @@ class TestRegister:
         counted = []
 
         def run():
-            with config.patch(force_disable_caches=True):  # settings are each thread's own; a hit counts nothing
+            with without_cached_graphs():
                 counted.append(run_core())
 
         with trifast_inductor.register():

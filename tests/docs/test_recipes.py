@@ -19,6 +19,7 @@ from torch import fx
 from torch._dynamo.backends import registry
 
 import trifast_inductor
+from tests.afresh import without_cached_graphs
 from tests.models import published
 from trifast_inductor.rewrite import rewrite_all
 
@@ -28,9 +29,9 @@ SLOW = os.environ.get("TRIFAST_SLOW_TESTS") == "1"
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """A recipe expects a process of its own: no graph and no `register()` of another; no cache either."""
+    """A recipe expects a process of its own: no graph, cached or not, and no `register()` of another."""
     torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with without_cached_graphs():
         yield
     trifast_inductor.unregister()
 

@@ -143,16 +143,19 @@ class Case:
         return LAYOUTS[self.layout](drawn)
 
 
-# Few enough for the interpreter, which takes seconds for each.
+# Few enough for the interpreter, which takes a second or two for each, and with few rows for the same reason.
 SMALL = [
-    *(Case("float32", 17, 8, term, "contiguous", first) for term in KEY_TERMS for first in (False, True)),
-    *(Case("float32", 17, 24, "mask", layout, longer=3) for layout in LAYOUTS),
-    *(Case(dtype, 20, 32, term, "heads first") for dtype in ("bfloat16", "float16") for term in KEY_TERMS),
-    Case("float32", 1, 16, "none", "contiguous"),
-    Case("float32", 1, 16, "mask", "contiguous", longer=39),
-    Case("bfloat16", 40, 8, "additive", "ending node", longer=-23),
-    Case("float32", 17, 16, "mask", "contiguous", has_bias=False),
-    Case("bfloat16", 9, 128, "none", "in NaN"),
+    replace(case, R=2)
+    for case in (
+        *(Case("float32", 17, 8, term, "contiguous", first) for term in KEY_TERMS for first in (False, True)),
+        *(Case("float32", 17, 24, "mask", layout, longer=3) for layout in LAYOUTS),
+        *(Case(dtype, 20, 32, term, "heads first") for dtype in ("bfloat16", "float16") for term in KEY_TERMS),
+        Case("float32", 1, 16, "none", "contiguous"),
+        Case("float32", 1, 16, "mask", "contiguous", longer=39),
+        Case("bfloat16", 40, 8, "additive", "ending node", longer=-23),
+        Case("float32", 17, 16, "mask", "contiguous", has_bias=False),
+        Case("bfloat16", 9, 128, "none", "in NaN"),
+    )
 ]
 
 

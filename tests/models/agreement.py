@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from tests.afresh import without_cached_graphs
 from trifast_inductor.testing import assert_within_budget
 
 BACKEND = "trifast"
@@ -102,11 +101,7 @@ def assert_agrees(
 
     torch._dynamo.reset()
     counters.clear()
-    # What a cache holds has been rewritten already: no pass would run, nothing would be counted.
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    ):
+    with without_cached_graphs():
         compiled = _results(torch.compile(model, backend=BACKEND), model, inputs, case)
 
     found = dict(counters["trifast"])

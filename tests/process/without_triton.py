@@ -23,6 +23,7 @@ sys.meta_path.insert(0, Broken())
 
 # ruff: noqa: E402
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -30,7 +31,8 @@ from torch._dynamo.utils import counters
 from tests.process.sites import core, inputs
 from trifast_inductor.kernels.triangle_attention import validation
 
-torch._inductor.config.force_disable_caches = True
+torch._inductor.config.fx_graph_cache = False
+torch._functorch.config.enable_autograd_cache = False
 messages: list[str] = []
 handler = logging.Handler(logging.WARNING)
 handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
