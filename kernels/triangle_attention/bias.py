@@ -14,8 +14,9 @@ from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-# One row of 1024 keys at most to a program; four warps then take 8 elements a thread.
-_TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
+# Keys of a row that a program copies; four warps then take 8 elements a thread.
+ROW = tl.constexpr(1024)
+_TILE = Tile(BLOCK_I=1, BLOCK_J=ROW.value, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -50,10 +51,17 @@ def _triangle_attention_bias_rows(
     copy_row(bias_ptr, rows_ptr, strides, H, I, J, J_bias, tl.program_id(0), BLOCK_J)
 
 
-def rows_shape(bias: Tensor) -> tuple[int, int, int, int]:
-    """Of a copy: its rows end on 16 elements."""
+def shape_of_copy(bias: Tensor) -> tuple[int, int, int, int] | None:
+    """Its rows end on 16 elements; None where the bias can be read as it lies."""
+    if arguments.bias_is_aligned(bias):
+        return None
     B, H, I, J = bias.shape
     return B, H, I, J + -J % 16
+
+
+def programs_to_copy(shape: tuple[int, int, int, int]) -> int:
+    B, H, I, J_bias = shape
+    return B * H * I * triton.cdiv(J_bias, ROW.value)
 
 
 class AlignedRows:
@@ -61,13 +69,12 @@ class AlignedRows:
 
     def __init__(self, bias: Tensor | None) -> None:
         self._copy: Launch | None = None
-        if bias is not None and not arguments.bias_is_aligned(bias):
-            B, H, I, J = bias.shape
-            self._shape = rows_shape(bias)
-            sizes = {"H": H, "I": I, "J": J, "J_bias": self._shape[3]}
-            programs = B * H * I * triton.cdiv(self._shape[3], _TILE.BLOCK_J)
+        shape = None if bias is None else shape_of_copy(bias)
+        if bias is not None and shape is not None:
+            self._shape = shape
+            sizes = {"H": shape[1], "I": shape[2], "J": bias.shape[3], "J_bias": shape[3]}
             given = arguments.strides("bias_", bias, "bhij")
-            self._copy = Launch(_triangle_attention_bias_rows, programs, {**given, **sizes}, _TILE)
+            self._copy = Launch(_triangle_attention_bias_rows, programs_to_copy(shape), {**given, **sizes}, _TILE)
 
     def __call__(self, bias: Tensor | None) -> Tensor | None:
         if bias is None or self._copy is None:

@@ -85,7 +85,7 @@ def serves(device: int, key: Key) -> bool:
 
     Long sequences of 16 bits go to kernels for Hopper, whose tiles are fixed by the order in which they keep the bias.
     """
-    if tuning.machine_of(device).capability != (9, 0):
+    if not hopper.is_hopper(device):
         return True
     return any(_is_portable(device, key, length) for length in (key.length // 2 + 1, key.length))
 

@@ -79,12 +79,11 @@ def test_figures_of_the_readme_are_those_of_their_source() -> None:
     whole = readme[readme.index("Whole modules in bfloat16") : readme.index("One module alone")]
     assert re.search(r"commit (\w+)\)", whole)[1] in modules
     timed = {tuple(row[:3]): f"{row[3]} / {row[5]}" for row in _cells(modules)}
-    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in whole.splitlines() if " / " in line]
     variants = ("inductor", "inductor, cuequivariance called", "trifast")
-    lines = [line for line in lines if len(line) == 5]
+    _titles, *lines = _cells(whole)
     assert len(lines) == 4
     for model, N, *cells in lines:
-        assert cells == [timed.get((model, N, variant), "") for variant in variants]
+        assert [cell.strip("*") for cell in cells] == [timed.get((model, N, variant), "") for variant in variants]
     conditions = readme[readme.index("## Speed and memory") : readme.index("| bfloat16, N |")]
     for condition in ("NVIDIA H200", "torch 2.11.0+cu130", "triton 3.6.0", "B=1, H=4, D=32"):
         assert condition in conditions

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.afresh import without_cached_graphs
 from tests.graphs.block import Block, inputs
 
 
@@ -72,9 +71,8 @@ def largest_difference(make: Callable[[Two], nn.Module], rank: int) -> dict[str,
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch._inductor.config.fx_graph_cache = False
-    torch._functorch.config.enable_autograd_cache = False
-    found = {"data_parallel": largest_difference(data_parallel, rank), "sharded": largest_difference(sharded, rank)}
+    with without_cached_graphs():
+        found = {"data_parallel": largest_difference(data_parallel, rank), "sharded": largest_difference(sharded, rank)}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ class OnOneHopper:
 
 @pytest.fixture
 def a_hopper(monkeypatch):
-    monkeypatch.setattr(choice, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "is_hopper", lambda device: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def refusal(x):

@@ -1,7 +1,6 @@
 """The search, with times made up: no GPU is needed to know that it ends at the fastest tile it may take."""
 
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,10 +136,9 @@ def test_it_reads_well() -> None:
 )
 def test_on_hopper_some_kernels_serve_no_launch(monkeypatch, kernel, dtype, D, length, expected):
     hopper = tile_search.hopper
-    monkeypatch.setattr(hopper, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(hopper, "is_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "gluon_refusal", lambda: None)
     monkeypatch.setattr(tile_search.lean, "_is_hopper", lambda: True)
-    monkeypatch.setattr(tuning, "machine_of", lambda _: SimpleNamespace(capability=(9, 0)))
     operands = tile_search._operands
     monkeypatch.setattr(tile_search, "_operands", lambda key, N, make: operands(key, N, of_cuda))
     assert tile_search.serves(0, Key(kernel, dtype, "ieee", D, 4, length, True, True)) == expected
@@ -157,7 +155,7 @@ def of_cuda(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def test_elsewhere_the_portable_kernels_serve_all(monkeypatch):
-    monkeypatch.setattr(tuning, "machine_of", lambda _: SimpleNamespace(capability=(10, 0)))
+    monkeypatch.setattr(tile_search.hopper, "is_hopper", lambda _: False)
     assert tile_search.serves(0, KEY)
 
 

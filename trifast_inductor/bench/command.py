@@ -18,6 +18,7 @@ from trifast_inductor.bench import environment, module_command, plots, tables
 from trifast_inductor.bench.accuracy import Exact, exact_fits
 from trifast_inductor.bench.case import DTYPES, LAYOUTS, MASKS, Case
 from trifast_inductor.bench.measure import Row, compile_only, measure, row
+from trifast_inductor.bench.modules import MODELS
 from trifast_inductor.bench.peers import PEERS
 from trifast_inductor.bench.prepare import compile_ahead
 from trifast_inductor.bench.timing import Clock
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     modules.add_argument(
         "--module", action="store_true", help="a triangle attention module and a Pairformer-like block"
     )
-    models, variants = list(module_command.MODELS), list(module_command.VARIANTS)
+    models, variants = list(MODELS), list(module_command.VARIANTS)
     modules.add_argument("--models", type=names(models), default=models, help=", ".join(models))
     modules.add_argument("--variants", type=names(variants), default=variants, help=", ".join(variants))
     modules.add_argument("--kernels", type=int, metavar="N", help="list what each module launches at this N, in order")

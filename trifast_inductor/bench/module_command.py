@@ -22,7 +22,6 @@ from trifast_inductor.bench.tables import figure, ratio
 from trifast_inductor.bench.timing import Clock, freed_afterwards
 from trifast_inductor.tables import CsvFile, header_text, markdown
 
-MODELS = modules.MODELS
 C_PAIR, C_SINGLE = 128, 384
 LENGTHS = {"cuda": [128, 256, 384, 512, 768], "cpu": [16, 32]}
 QUICK = {"cuda": [128], "cpu": [16]}
@@ -139,7 +138,7 @@ class _Bench:
             "dtype": dtype_name(dtype),
         }
         self.device = device
-        self.module: nn.Module = MODELS[model](C_PAIR, H, D, core=variant.core).to(device, dtype)
+        self.module: nn.Module = modules.MODELS[model](C_PAIR, H, D, core=variant.core).to(device, dtype)
         self.backend = variant.backend
         self.compiled = self._compile()
         self.s = torch.randn(B, N, C_SINGLE).to(device, dtype).requires_grad_()

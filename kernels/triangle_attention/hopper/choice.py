@@ -92,7 +92,7 @@ def multiprocessors(device: int) -> int:
 
 
 @functools.cache
-def _is_hopper(device: int) -> bool:
+def is_hopper(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -124,7 +124,7 @@ def refusal(
     shortest: int = _SHORTEST,
 ) -> str | None:
     """Why only the portable kernel serves this call, or None where the Hopper one can; `shortest` of its keys."""
-    if q.device.type != "cuda" or not _is_hopper(q.device.index):
+    if q.device.type != "cuda" or not is_hopper(q.device.index):
         return "the device is no Hopper"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "Gluon has no interpreter"

@@ -26,8 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
-from trifast_inductor.kernels.triangle_attention import arguments, memory
-from trifast_inductor.kernels.triangle_attention.bias import rows_shape
+from trifast_inductor.kernels.triangle_attention import memory
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
@@ -247,7 +246,7 @@ class Plan:
         }
         programs = min(items, multiprocessors(q.get_device()))
         self._attend = CopyingLaunch(_triangle_attention_fwd_hopper, programs, given, shape.NUM_WARPS, boxes)
-        rows = bias if arguments.bias_is_aligned(bias) else memory.empty(rows_shape(bias), bias.dtype, bias)
+        rows = self._prepare.rows(bias)
         self._again = again.Again(q, k, v, rows, key_bias, key_mask, scale, fill, key_term_first, tiles, BLOCK_I)
 
     def fixed_shift(

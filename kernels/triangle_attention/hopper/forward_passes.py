@@ -19,11 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, memory
-from trifast_inductor.kernels.triangle_attention.bias import copy_row, rows_shape
+from trifast_inductor.kernels.triangle_attention.bias import ROW, copy_row, programs_to_copy, shape_of_copy
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
-
-_ROW = tl.constexpr(1024)  # keys that a program copies
 
 
 @triton.jit
@@ -133,7 +131,7 @@ def _triangle_attention_fwd_prepare(
             key_ptr, terms_ptr, flags_ptr, of_key, R, J, stages, factor, pid - tiles, SELECT, STAGE_J
         )  # fmt: skip
     elif WITH_ROWS:
-        copy_row(bias_ptr, rows_ptr, of_bias, H, I, J, J_bias, pid - tiles - stages_of_all, _ROW)
+        copy_row(bias_ptr, rows_ptr, of_bias, H, I, J, J_bias, pid - tiles - stages_of_all, ROW)
 
 
 class Prepared(NamedTuple):
@@ -168,16 +166,14 @@ class Prepare:
         BLOCK_I, BLOCK_J, STAGE_J = shape
         count = B * H * tiles[0] * tiles[1]
         stages = tiles[1] * BLOCK_J // STAGE_J
-        programs = stages_of_all = 0 if key is None else B * key.shape[1] * stages
+        stages_of_all = 0 if key is None else B * key.shape[1] * stages
         self._words, self._sizes = (count * BLOCK_I, BLOCK_J // 2), (B, H, *tiles)
         # There is a flag more than there are stages, since the kernel reads ahead.
         self._terms, self._flags = (stages_of_all * STAGE_J,), (stages_of_all + 1,)
-        self._rows = None if arguments.bias_is_aligned(bias) else rows_shape(bias)
-        programs += count
-        J_bias = J
+        self._rows = shape_of_copy(bias)
+        programs = count + stages_of_all
         if self._rows is not None:
-            J_bias = self._rows[3]
-            programs += B * H * I * triton.cdiv(J_bias, _ROW.value)
+            programs += programs_to_copy(self._rows)
         given = {
             **arguments.strides("bias_", bias, "bhij"),
             **arguments.strides("key_", key, "brj"),
@@ -185,7 +181,7 @@ class Prepare:
             "H": H,
             "I": I,
             "J": J,
-            "J_bias": J_bias,
+            "J_bias": J if self._rows is None else self._rows[3],
             "tiles": count,
             "stages_of_all": stages_of_all,
             "tiles_i": tiles[0],
@@ -200,14 +196,17 @@ class Prepare:
         tile = Tile(BLOCK_I, BLOCK_J, num_warps=4, num_stages=1)
         self._make = Launch(_triangle_attention_fwd_prepare, programs, given, tile)
 
+    def rows(self, bias: Tensor) -> Tensor:
+        """The bias itself, or memory for its copy."""
+        return bias if self._rows is None else memory.empty(self._rows, bias.dtype, bias)
+
     def __call__(self, bias: Tensor, key: Tensor | None) -> Prepared:
         words = memory.empty(self._words, torch.int32, bias)
         sizes = memory.empty(self._sizes, torch.float32, bias)
-        terms = flags = rows = None
+        terms = flags = None
         if key is not None:
             terms = memory.empty(self._terms, torch.float32, bias)
             flags = memory.empty(self._flags, torch.int32, bias)
-        if self._rows is not None:
-            rows = memory.empty(self._rows, bias.dtype, bias)
-        self._make(bias, key, words, sizes, terms, flags, rows)
-        return Prepared(words, sizes, terms, flags, bias if rows is None else rows)
+        rows = self.rows(bias)
+        self._make(bias, key, words, sizes, terms, flags, None if self._rows is None else rows)
+        return Prepared(words, sizes, terms, flags, rows)
