@@ -20,7 +20,7 @@ from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
-from trifast_inductor.kernels.triangle_attention import op, validation
+from trifast_inductor.kernels.triangle_attention import inductor, op, validation
 from trifast_inductor.patterns import attention, canonical, nodes, recheck
 from trifast_inductor.patterns.lower import Lowering
 from trifast_inductor.patterns.recording import Reading
@@ -58,7 +58,9 @@ class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor 
     def __call__(self, graph: fx.Graph) -> None:
         if self.before is not None:
             self.before(graph)
-        rewrite(graph, strict=self.strict, packages_kernels=self.packages_kernels)
+        rows = rewrite(graph, strict=self.strict, packages_kernels=self.packages_kernels)
+        if any(row.rewritten for row in rows):
+            inductor.install()
 
     def uuid(self) -> Any | None:
         if self.before is None:

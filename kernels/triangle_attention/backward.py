@@ -22,12 +22,14 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
-from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans, on_device_of, signature
+from trifast_inductor.kernels.triangle_attention.launching import Launch, on_device_of
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.kernels.triangle_attention.plans import Plans, signature
 from trifast_inductor.kernels.triangle_attention.portable.dbias import _triangle_attention_bwd_dbias
 from trifast_inductor.kernels.triangle_attention.portable.dkdv import _triangle_attention_bwd_dkdv
 from trifast_inductor.kernels.triangle_attention.portable.dq import _triangle_attention_bwd_dq
 from trifast_inductor.kernels.triangle_attention.portable.together import _triangle_attention_bwd_together
+from trifast_inductor.kernels.triangle_attention.replay import Recorder
 
 # Of queries and keys, up to which one launch serves, or one after dq's: docs/benchmarks/log-backward.md, step 9.
 LONGEST_TOGETHER = 64
@@ -56,6 +58,7 @@ class _Plan:
         self.is_empty = 0 in (*q.shape[:4], k.shape[2])
         self.lean: lean.Plan | None = None
         self.portable: _Portable | None = None  # once it is asked for
+        self.recorder = Recorder()
         if not self.is_empty and lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
             given = (grad_out, q, k, v, bias, key_bias, key_mask)
             self.lean = lean.Plan(*given, scale, fill, key_term_first, needs_dbias)
@@ -163,14 +166,28 @@ def launch(
     Takes what `op.py` has checked, in any strides. dbias is empty unless there is a bias and it is asked for.
     Two runs on the same inputs agree to the bit.
     """
+    out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
     given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
-    plan = _planned(*given)
+    tensors = (*given[:7], out, row_max, row_sum)
+    numbers = (*given[7:], float32_precision(q.dtype))
+    known = _plans.programs.run(tensors, numbers)
+    if known is None:
+        plan = _planned(*given)
+        known = _plans.programs.record(
+            plan.recorder, lambda: _launch(plan, *given, out=out, row_max=row_max, row_sum=row_sum), tensors, numbers
+        )
+    dq, dk, dv, dbias = known
+    return dq, dk, dv, dbias
+
+
+def _launch(
+    plan: _Plan, *given: Any, out: Tensor, row_max: Tensor, row_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if plan.lean is None:
         return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
+    grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
     with on_device_of(q):
-        key_term = key_bias if key_mask is None else key_mask
-        saved = map(arguments.dense, (out, row_max, row_sum))
-        return plan.lean(grad_out, q, k, v, bias, key_term, *saved)
+        return plan.lean(grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask, out, row_max, row_sum)
 
 
 def portable(
@@ -191,6 +208,7 @@ def portable(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `launch`, by the kernels of `portable/` whatever the device."""
     given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
+    out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
     return _run(_planned(*given), *given, out=out, row_max=row_max, row_sum=row_sum)
 
 
@@ -206,7 +224,6 @@ def _run(
         if plan.portable is None:
             plan.portable = _Portable(*given)
         run = plan.portable
-        out, row_max, row_sum = map(arguments.dense, (out, row_max, row_sum))
         read = (q, k, v, run.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
         sums_of_ds = dbias if run.sum is None else memory.empty(run.parts_shape, torch.float32, q)
         terms = None

@@ -140,47 +140,28 @@ def _encoded(driver: Any, walk: Any, meta: Mapping[str, Any], address: int) -> b
     return None if failed else ctypes.string_at(start, _MAP_SIZE)
 
 
-class _Prepared:
-    """What the driver reads of one launch: each thread has its own, since the driver is called without the lock.
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel on a device, with all that it is launched with but addresses and a stream."""
 
-    The first slots are the addresses of the tensors, in order; numbers follow.
-    """
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        dependent: bool,
-        tensors: int,
-        parameters: Sequence[Parameter],
-        maps: Sequence[bytes],
-    ) -> None:
-        numbers = [p for p in parameters if p.tensor is None]
-        words = bytes(8 * tensors) + b"".join(struct.pack(f"<{p.form}", p.value).ljust(8, b"\0") for p in numbers)
-        self.slots = (ctypes.c_uint64 * (len(words) // 8)).from_buffer_copy(words)
-        self._store, start_of_maps = _aligned(b"".join(maps))
-        of_maps = range(start_of_maps, start_of_maps + _MAP_SIZE * len(maps), _MAP_SIZE)
-        self.maps = [ctypes.c_void_p(at) for at in of_maps]
-        start = ctypes.addressof(self.slots)
-        next_map, next_number = iter(of_maps), itertools.count(start + 8 * tensors, 8)
-        at = [
-            next(next_number) if p.tensor is None else next(next_map) if p.form == _MAP else start + 8 * p.tensor
-            for p in parameters
-        ]
-        self.parameters = (ctypes.c_void_p * len(at))(*at)
-        self.attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        self.config = _Config(**config, attributes=ctypes.pointer(self.attribute), attributes_count=int(dependent))
-        self.reference = ctypes.byref(self.config)
+    name: str
+    function: int
+    config: dict[str, Any]
+    dependent: bool  # its launch may overlap the end of the kernel before
+    parameters: Sequence[Parameter]
+    maps: Sequence[bytes]  # of the tensors in `walked`, by any address
+    walked: Sequence[int]
 
 
-def launcher(
+def kernel(
     compiled: Any,
     grid: tuple[int, int, int],
     kinds: Mapping[str, str],
     values: Mapping[str, Any],
     walks: Sequence[Any],
     addresses: Sequence[int],
-) -> Callable[[list[int], int], None] | None:
-    """Launches a `CompiledKernel`, given the addresses of its tensors and a stream; None where Triton has to.
+) -> Kernel | None:
+    """What the driver is to know of a `CompiledKernel`; None where Triton has to launch it.
 
     Args:
         kinds: of all parameters in order, as Triton names them, tensors first.
@@ -202,26 +183,78 @@ def launcher(
         if encoded is None:
             return None
         maps.append(encoded)
-    tensors = len(addresses)
     config = {"grid": grid, "block": (32 * metadata.num_warps, 1, 1), "shared_bytes": metadata.shared}
-    make = functools.partial(_Prepared, config, metadata.launch_pdl, tensors, parameters, maps)
+    return Kernel(metadata.name, compiled.function, config, metadata.launch_pdl, parameters, maps, walked)
+
+
+Step = tuple[Kernel, Sequence[int]]  # and where each of its tensors stands among the addresses
+
+
+class _Prepared:
+    """What the driver reads of some launches: each thread has its own, since the driver is called without the lock.
+
+    The first slots are addresses, in the order in which they are given; numbers follow.
+    """
+
+    def __init__(self, steps: Sequence[Step], count: int) -> None:
+        numbers = [p for kernel, _ in steps for p in kernel.parameters if p.tensor is None]
+        words = bytes(8 * count) + b"".join(struct.pack(f"<{p.form}", p.value).ljust(8, b"\0") for p in numbers)
+        self.slots = (ctypes.c_uint64 * (len(words) // 8)).from_buffer_copy(words)
+        maps = [encoded for kernel, _ in steps for encoded in kernel.maps]
+        self._store, start_of_maps = _aligned(b"".join(maps))
+        of_maps = range(start_of_maps, start_of_maps + _MAP_SIZE * len(maps), _MAP_SIZE)
+        walked = [places[tensor] for kernel, places in steps for tensor in kernel.walked]
+        self.maps = [(ctypes.c_void_p(at), place) for at, place in zip(of_maps, walked, strict=True)]
+        self.mapped: list[int | None] = [None] * len(maps)  # the address that is in each
+        self.attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self.stream: int | None = None
+        self.configs = []
+        self.launches = []
+        start = ctypes.addressof(self.slots)
+        next_map, next_number = iter(of_maps), itertools.count(start + 8 * count, 8)
+        for kernel, places in steps:
+            at = [
+                next(next_number)
+                if p.tensor is None
+                else next(next_map)
+                if p.form == _MAP
+                else start + 8 * places[p.tensor]
+                for p in kernel.parameters
+            ]
+            attributes = ctypes.pointer(self.attribute)
+            config = _Config(**kernel.config, attributes=attributes, attributes_count=int(kernel.dependent))
+            self.configs.append(config)
+            parameters = (ctypes.c_void_p * len(at))(*at)
+            self.launches.append((ctypes.byref(config), ctypes.c_void_p(kernel.function), parameters))
+
+
+def launcher(steps: Sequence[Step], count: int) -> Callable[[list[int], int], None]:
+    """Launches kernels one after the other, given so many addresses and a stream."""
+    driver = _driver()
     launch, replace_address = driver.cuLaunchKernelEx, driver.cuTensorMapReplaceAddress
-    function = ctypes.c_void_p(compiled.function)
     prepared: dict[int, _Prepared] = {}
 
     def run(addresses: list[Any], stream: int) -> None:
         thread = get_ident()
         mine = prepared.get(thread)
         if mine is None:
-            mine = prepared[thread] = make()
+            mine = prepared[thread] = _Prepared(steps, count)
+        if stream != mine.stream:
+            mine.stream = stream
+            for config in mine.configs:
+                config.stream = stream
+        mine.slots[:count] = addresses
         failed = 0
-        for tensor_map, n in zip(mine.maps, walked, strict=True):
-            failed = failed or replace_address(tensor_map, ctypes.c_void_p(addresses[n]))
-        mine.slots[:tensors] = addresses
-        mine.config.stream = stream
-        failed = failed or launch(mine.reference, function, mine.parameters, None)
+        for n, (tensor_map, place) in enumerate(mine.maps):
+            if addresses[place] != mine.mapped[n]:
+                failed = failed or replace_address(tensor_map, ctypes.c_void_p(addresses[place]))
+                mine.mapped[n] = addresses[place]
+        for reference, function, parameters in mine.launches:
+            failed = failed or launch(reference, function, parameters, None)
         if failed:
-            raise RuntimeError(f"CUDA could not launch {metadata.name}: {_error(driver, failed)}")
+            mine.mapped = [None] * len(mine.maps)
+            names = ", ".join(kernel.name for kernel, _ in steps)
+            raise RuntimeError(f"CUDA could not launch {names}: {_error(driver, failed)}")
 
     return run
 

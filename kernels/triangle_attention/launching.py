@@ -1,35 +1,16 @@
-"""Launches decided once for each signature: a repeated call looks up a dict and hands pointers to the driver.
+"""A launch decided once: all that a kernel is given besides tensors, bound; later ones hand pointers to the driver."""
 
-Checking the arguments, choosing a tile and having Triton bind some forty of them takes longer than the kernels
-themselves run at N = 128. All of it depends on shapes, strides, dtypes and alignment alone.
-"""
-
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from trifast_inductor.kernels.triangle_attention import direct, tuning
+from trifast_inductor.kernels.triangle_attention import direct, tape
 from trifast_inductor.kernels.triangle_attention.tiling import CappedTile, Tile
-
-T = TypeVar("T")
-Signature = tuple[Hashable, ...]
-
-
-def signature(*tensors: Tensor | None) -> Signature:
-    """All that a launch can depend on in its tensors, but for their addresses."""
-    parts: list[Hashable] = []
-    for t in tensors:
-        if t is None:
-            parts.append(None)
-        else:
-            # Triton compiles other code for a pointer that is a multiple of 16 bytes.
-            parts += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0)
-    return tuple(parts)
 
 
 class Launch:
@@ -52,8 +33,10 @@ class Launch:
         if isinstance(tile, CappedTile) and tile.maxnreg is not None:
             self._options["maxnreg"] = tile.maxnreg
         self._run: Callable[[Sequence[Tensor | None]], None] | None = None
+        self.kernel: direct.Kernel | None = None  # once it is compiled, if it can be launched past Triton
 
     def __call__(self, *tensors: Tensor | None) -> None:
+        tape.note_launch(self, tensors)
         if self._run is not None:
             self._run(tensors)
             return
@@ -73,11 +56,14 @@ class Launch:
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         device = triton.runtime.driver.active.get_current_device()
         current_stream = triton.runtime.driver.active.get_current_stream
-        knobs = triton.knobs.runtime
-        straight = self._straight(compiled, given)
+        self.kernel = self._kernel_of(compiled, given)
+        straight = None
+        if self.kernel is not None:
+            count = sum(t is not None for t in given)
+            straight = direct.launcher([(self.kernel, range(count))], count)
 
         def launch(tensors: Sequence[Tensor | None]) -> None:
-            if _listens(knobs.launch_enter_hook) or _listens(knobs.launch_exit_hook):
+            if are_heard():
                 listened(*self._handed(tensors), *arguments)
             elif straight is not None:
                 straight([t.data_ptr() for t in tensors if t is not None], current_stream(device))
@@ -87,14 +73,14 @@ class Launch:
 
         return launch
 
-    def _straight(self, compiled: Any, given: Sequence[Tensor | None]) -> Callable[[list[int], int], None] | None:
+    def _kernel_of(self, compiled: Any, given: Sequence[Tensor | None]) -> direct.Kernel | None:
         if compiled.metadata.target.backend != "cuda":
             return None
         names = self._kernel.arg_names
         kinds = {name: compiled.src.signature[name] for name in names}
         values = dict(zip(names[len(given) :], self._arguments, strict=True))
         addresses = [t.data_ptr() for t in given if t is not None]
-        return direct.launcher(compiled, self._grid, kinds, values, self._walked(), addresses)
+        return direct.kernel(compiled, self._grid, kinds, values, self._walked(), addresses)
 
     def _walked(self) -> Sequence[Any]:
         """Lengths and strides of each tensor that is handed over as a descriptor."""
@@ -117,33 +103,14 @@ def cuda_arch() -> int:
     return int(target.arch) if target.backend == "cuda" else 0
 
 
+def are_heard() -> bool:
+    """Whether anybody listens to launches by Triton's hooks."""
+    knobs = triton.knobs.runtime
+    return _listens(knobs.launch_enter_hook) or _listens(knobs.launch_exit_hook)
+
+
 def _listens(hook: Any) -> bool:
     return bool(getattr(hook, "calls", hook))
-
-
-class Plans(dict[Signature, T], Generic[T]):
-    """What was decided for each signature seen."""
-
-    # Sequence lengths of a long evaluation, a few calls each: about 3 KB a plan.
-    _LIMIT = 4096
-
-    def __init__(self) -> None:
-        super().__init__()
-        tuning.when_changed(self.clear)
-
-    def of(self, key: Signature, on: Tensor, make: Callable[..., T], given: Sequence[Any]) -> T:
-        """What was decided for the key, or is now, on the device of a tensor."""
-        plan = self.get(key)
-        if plan is None:
-            with on_device_of(on):
-                plan = self.add(key, make(*given))
-        return plan
-
-    def add(self, key: Signature, plan: T) -> T:
-        if len(self) >= self._LIMIT:
-            self.clear()
-        self[key] = plan
-        return plan
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trifast_inductor.kernels.triangle_attention import tape
+
 _Make = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
@@ -29,9 +31,16 @@ def _sizes_and_strides(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
     return tuple(shape), torch.empty(shape, device="meta").stride()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Tensor:
-    """`torch.empty(shape, dtype=dtype, device=on.device)`; a CUDA device has to be the current one."""
+def maker(shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Callable[[], Tensor]:
+    """Makes `torch.empty(shape, dtype=dtype, device=on.device)`; a CUDA device has to be the current one."""
     make = _on_cuda if on.is_cuda else _on_cpu if on.is_cpu else None
     if make is None:
-        return torch.empty(shape, dtype=dtype, device=on.device)
-    return make(*_sizes_and_strides(shape), dtype)
+        return functools.partial(torch.empty, shape, dtype=dtype, device=on.device)
+    return functools.partial(make, *_sizes_and_strides(shape), dtype)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Tensor:
+    """What `maker` makes, once."""
+    made = maker(shape, dtype, on)()
+    tape.note_made(made)
+    return made

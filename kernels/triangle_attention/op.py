@@ -298,6 +298,9 @@ for _key in ("CPU", "CUDA"):
     _library.impl("triangle_attention_forward", _forward, _key)
     _library.impl("triangle_attention_gradients", _backward, _key)
     _library.impl("triangle_attention_backward", _backward, _key)
+# What serves the op, for code that has chosen it already: `inductor.py`.
+triangle_attention_forward.at_once = _forward  # type: ignore[attr-defined]
+triangle_attention_backward.at_once = _backward  # type: ignore[attr-defined]
 _library.impl("triangle_attention", _differentiable, "Autograd")
 _library.impl("triangle_attention_gradients", _differentiable_once, "Autograd")
 for _name, _fake, _flops in (

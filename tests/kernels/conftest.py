@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trifast_inductor.kernels.triangle_attention import memory
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs
@@ -233,10 +234,15 @@ def empty_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def nan_filled(*args: Any, **kwargs: Any) -> Tensor:
             t = make(*args, **kwargs)
-            with torch.no_grad():
+            # Out of sight of a tape, to which it would be something that the call computes.
+            with torch.no_grad(), _disable_current_modes():
+                if t.dtype == torch.uint8:  # bytes of anything
+                    return t.fill_(255)
                 return t.fill_(float("nan")) if t.is_floating_point() else t
 
         return nan_filled
 
-    for module, name in ((torch, "empty"), (torch, "empty_like"), (memory, "empty")):
-        monkeypatch.setattr(module, name, filled(getattr(module, name)))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    maker = memory.maker
+    monkeypatch.setattr(memory, "maker", lambda *given: filled(maker(*given)))

@@ -50,9 +50,14 @@ def compiled(sizes=SIZES, **changes):
     return SimpleNamespace(function=99, metadata=SimpleNamespace(**metadata), asm={"ptx": ptx})
 
 
-def launcher(driver, kinds=KINDS, **changes):
+def kernel(driver, kinds=KINDS, **changes):
     with mock.patch.object(direct, "_driver", return_value=driver):
-        return direct.launcher(compiled(**changes), (5, 1, 1), kinds | {"BLOCK": "constexpr"}, VALUES, [], [0, 0])
+        return direct.kernel(compiled(**changes), (5, 1, 1), kinds | {"BLOCK": "constexpr"}, VALUES, [], [0, 0])
+
+
+def launcher(driver, **changes):
+    with mock.patch.object(direct, "_driver", return_value=driver):
+        return direct.launcher([(kernel(driver, **changes), (0, 1))], 2)
 
 
 @pytest.mark.parametrize("dependent", [True, False])
@@ -68,6 +73,20 @@ def test_the_driver_reads_what_the_kernel_was_compiled_for(dependent):
         assert function == 99
         assert launch == ((5, 1, 1), (128, 1, 1), 1024, stream, [(6, 1)] if dependent else [])
         assert read == [struct.pack("<Q", x), struct.pack("<Q", y), *numbers]
+
+
+def test_kernels_are_launched_in_order_each_on_its_tensors():
+    driver = FakeDriver()
+    first, second = kernel(driver), kernel(driver, launch_pdl=False)
+    with mock.patch.object(direct, "_driver", return_value=driver):
+        run = direct.launcher([(first, (0, 2)), (second, (3, 1))], 4)
+    run([16, 32, 48, 64], 7)
+    run([80, 96, 112, 128], 8)
+    read = [[struct.unpack("<Q", one)[0] for one in parameters[:2]] for _, _, parameters, _ in driver.seen]
+    assert read == [[16, 48], [64, 32], [80, 112], [128, 96]]
+    assert [(launch[3], len(launch[4])) for _, launch, _, _ in driver.seen] == [(7, 1), (7, 0), (8, 1), (8, 0)]
+    numbers = [struct.pack("<i", -7), struct.pack("<q", 1 << 40), struct.pack("<f", 0.5), bytes(8), bytes(8)]
+    assert all(parameters[2:] == numbers for _, _, parameters, _ in driver.seen)
 
 
 def test_threads_do_not_share_what_the_driver_reads():
@@ -113,7 +132,7 @@ def test_a_failed_launch_is_named():
     ],
 )
 def test_triton_launches_what_is_not_certain(driver, changes):
-    assert launcher(driver, **changes) is None
+    assert kernel(driver, **changes) is None
 
 
 def test_no_driver_where_there_is_none():
@@ -200,13 +219,14 @@ def test_triton_describes_what_the_driver_does_not_take():
 def test_the_driver_reads_a_tensor_map_of_the_tensor_at_hand():
     kinds = {"x_ptr": "*bf16", "y_desc": "tensordesc<bf16[64, 16], layout>", "z_ptr": "*fp32", "n": "i32"}
     sizes = [8, 128, 4, 4, 8, 8, 8, 4, 8, 8]
-    seen = []
+    seen, replaced = [], []
 
     def encode(tensor_map, *_):
         ctypes.memmove(tensor_map.value, bytes(range(128)), 128)
         return 0
 
     def replace_address(tensor_map, address):
+        replaced.append(address.value)
         ctypes.memmove(tensor_map.value, struct.pack("<Q", address.value), 8)
         return 0
 
@@ -219,16 +239,18 @@ def test_the_driver_reads_a_tensor_map_of_the_tensor_at_hand():
         cuTensorMapEncodeTiled=encode, cuTensorMapReplaceAddress=replace_address, cuLaunchKernelEx=launch
     )
     declared = [f".u{8 * size} p" if size < 128 else ".align 64 .b8 p[128]" for size in sizes]
-    kernel = compiled(tensordesc_meta=[META])
-    kernel.asm["ptx"] = ".entry f(" + ",".join(f".param {one}" for one in declared) + ")"
+    given = compiled(tensordesc_meta=[META])
+    given.asm["ptx"] = ".entry f(" + ",".join(f".param {one}" for one in declared) + ")"
     with mock.patch.object(direct, "_driver", return_value=driver):
-        run = direct.launcher(kernel, (5, 1, 1), kinds, {"n": 3}, [([256, 16], [24, 1])], [16, 32, 48])
+        walking = direct.kernel(given, (5, 1, 1), kinds, {"n": 3}, [([256, 16], [24, 1])], [16, 32, 48])
+        run = direct.launcher([(walking, range(3))], 3)
     numbers = [struct.pack("<i", 256), struct.pack("<i", 16), struct.pack("<q", 24), struct.pack("<q", 1)]
-    for x, y, z in ((64, 80, 96), (112, 128, 144)):
+    for x, y, z in ((64, 80, 96), (112, 128, 144), (112, 128, 160)):
         run([x, y, z], 0)
         x, y, z = (struct.pack("<Q", address) for address in (x, y, z))
         tensor_map = y + bytes(range(8, 128))
         assert seen.pop() == [x, tensor_map, *numbers, z, struct.pack("<i", 3), bytes(8), bytes(8)]
+    assert replaced == [80, 128]  # what has not moved is in the map already
 
 
 @pytest.mark.gpu
@@ -238,7 +260,7 @@ def test_all_launches_go_straight_and_give_the_same(N, device):
     straight = []
 
     def noted(*given):
-        straight.append(direct_launcher(*given))
+        straight.append(kernel_of(*given))
         return straight[-1]
 
     def run():
@@ -249,10 +271,10 @@ def test_all_launches_go_straight_and_give_the_same(N, device):
             gradients = backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)
         return (*saved, *gradients)
 
-    direct_launcher = direct.launcher
-    with mock.patch.object(launching.direct, "launcher", return_value=None):
+    kernel_of = direct.kernel
+    with mock.patch.object(launching.direct, "kernel", return_value=None):
         through_triton = run()
-    with mock.patch.object(launching.direct, "launcher", noted):
+    with mock.patch.object(launching.direct, "kernel", noted):
         past_it = run()
     forward._plans.clear()
     backward._plans.clear()

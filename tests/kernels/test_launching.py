@@ -11,9 +11,10 @@ from trifast_inductor.testing import random_inputs
 pytest.importorskip("triton")
 from triton.compiler import CompiledKernel
 
-from trifast_inductor.kernels.triangle_attention import backward, forward, launching
+from trifast_inductor.kernels.triangle_attention import backward, forward, launching, plans
 from trifast_inductor.kernels.triangle_attention.hopper import choice
-from trifast_inductor.kernels.triangle_attention.launching import Launch, Plans
+from trifast_inductor.kernels.triangle_attention.launching import Launch
+from trifast_inductor.kernels.triangle_attention.plans import Plans
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 
@@ -61,17 +62,17 @@ def test_a_signature_tells_apart_what_kernels_are_compiled_for():
         "alignment": torch.zeros(8 * 8 * 16 + 1)[1:].view(8, 8, 16),
         "none": None,
     }
-    signatures = {launching.signature(x), *(launching.signature(other) for other in others.values())}
+    signatures = {plans.signature(x), *(plans.signature(other) for other in others.values())}
     assert len(signatures) == 1 + len(others)
-    assert launching.signature(x.clone(), None) == launching.signature(x, None)
-    assert launching.signature(None, x) != launching.signature(x, None)
+    assert plans.signature(x.clone(), None) == plans.signature(x, None)
+    assert plans.signature(None, x) != plans.signature(x, None)
 
 
 def test_plans_do_not_grow_without_end():
-    plans: Plans[int] = Plans()
-    for n in range(plans._LIMIT + 1):
-        assert plans.add((n,), n) == n
-    assert plans == {(plans._LIMIT,): plans._LIMIT}
+    known: Plans[int] = Plans()
+    for n in range(known._LIMIT + 1):
+        assert known.add((n,), n) == n
+    assert known == {(known._LIMIT,): known._LIMIT}
 
 
 class Compiled(CompiledKernel):
@@ -98,11 +99,16 @@ def test_a_listener_to_launches_is_heard_and_nothing_prepared_where_there_is_non
     monkeypatch.setattr(launching.triton.runtime.driver, "_active", driver)
     straight = []
 
-    def launcher(compiled, grid, kinds, values, walks, addresses):
+    def kernel(compiled, grid, kinds, values, walks, addresses):
         assert (grid, list(kinds), values) == ((3, 1, 1), list(FakeKernel.arg_names), {"stride_x": 5, "BLOCK_I": 32})
         assert addresses == [x.data_ptr()]
+        return "kernel"
+
+    def launcher(steps, count):
+        assert (steps, count) == ([("kernel", range(1))], 1)
         return lambda *given: straight.append(given)
 
+    monkeypatch.setattr(launching.direct, "kernel", kernel)
     monkeypatch.setattr(launching.direct, "launcher", launcher)
     compiled, x = Compiled(backend), torch.zeros(3)
     launch = Launch(FakeKernel(), 3, {"stride_x": 5}, Tile(32, 16, 4, 2))
