@@ -5,8 +5,8 @@
 
 dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
 walks the rows. Nothing is added up across programs, but for dbias where its tiles are too few to fill a GPU: groups
-of rows are then summed apart and added in order. The price: nine products where five would do. The kernels are in
-`portable/`; short sequences take all of them in one launch.
+of rows are then summed apart and added in order, by the last of them or by a kernel (`sums.py`). The price: nine
+products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
 
@@ -89,6 +89,7 @@ class _Portable:
         shared |= {
             **arguments.strides("do", grad_out, "brihd"),
             "B": B,
+            "counts": 0,
             "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
         }
         kind = arguments.kind(shared, q.dtype, q.get_device())
@@ -104,6 +105,8 @@ class _Portable:
         self.dbias: Launch | None = None
         self.together: Launch | None = None
         self.sum: Launch | None = None
+        self.parts_shape: tuple[int, ...] | None = None
+        self.counts_shape: tuple[int, ...] | None = None
         may_share = q.dtype != torch.float32 and len({tile.num_warps for tile in tiles.values()}) == 1
         with_dq = may_share and max(I, J) <= LONGEST_TOGETHER
         after_dq = may_share and needs_dbias and LONGEST_TOGETHER < max(I, J) <= LONGEST_AFTER_DQ
@@ -113,8 +116,12 @@ class _Portable:
             groups = triton.cdiv(R, rows)
             programs["dbias"] = groups * count
             shared["rows"] = rows
-            if groups > 1:
-                self.parts_shape = (groups, B, H, I, J)
+            shared["groups"] = groups
+            self.parts_shape = (groups, B, H, I, J) if groups > 1 else None
+            if groups > 1 and after_dq and fits_counts(count, programs["dq"]):
+                shared["counts"] = count
+                self.counts_shape = (count,)
+            elif groups > 1:
                 self.sum = sums.sum_of(B * H * I * J, groups)
 
         def given(name: str) -> dict[str, Any]:
@@ -125,7 +132,8 @@ class _Portable:
                 f"{name.upper()}_{key}": n for name in tiles for key, n in {**vars(tiles[name]), **given(name)}.items()
             }
             shared |= {f"programs_{name}": count for name, count in programs.items()}
-            values = {"rows": 1, **shared, **of_each, "NEEDS_DBIAS": needs_dbias, "WITH_DQ": with_dq}
+            values = {"rows": 1, "groups": 1, **shared, **of_each, "NEEDS_DBIAS": needs_dbias, "WITH_DQ": with_dq}
+            values["ADDS_UP"] = self.counts_shape is not None
             count = sum(programs.values()) - (0 if with_dq else programs["dq"])
             self.together = Launch(_triangle_attention_bwd_together, count, values, tiles["dkdv"])
         if not with_dq:
@@ -134,6 +142,11 @@ class _Portable:
             self.dkdv = Launch(_triangle_attention_bwd_dkdv, programs["dkdv"], given("dkdv"), tiles["dkdv"])
             if needs_dbias:
                 self.dbias = Launch(_triangle_attention_bwd_dbias, programs["dbias"], given("dbias"), tiles["dbias"])
+
+
+def fits_counts(count: int, programs: int) -> bool:
+    """Whether programs of dq, one each, can leave the zeros with which whoever ends last finds that it does."""
+    return count <= programs
 
 
 _plans: Plans[_Plan] = Plans()
@@ -225,13 +238,14 @@ def _run(
             plan.portable = _Portable(*given)
         run = plan.portable
         read = (q, k, v, run.aligned(bias), key_bias if key_mask is None else key_mask, grad_out)
-        sums_of_ds = dbias if run.sum is None else memory.empty(run.parts_shape, torch.float32, q)
+        sums_of_ds = dbias if run.parts_shape is None else memory.empty(run.parts_shape, torch.float32, q)
+        counts = None if run.counts_shape is None else memory.empty(run.counts_shape, torch.int32, q)
         terms = None
         if run.dq is not None:
             terms = memory.empty(run.terms_shape, torch.float32, q)
-            run.dq(*read, out, row_max, row_sum, terms, dq)
+            run.dq(*read, out, row_max, row_sum, terms, dq, counts)
         if run.together is not None:
-            run.together(*read, out, row_max, row_sum, terms, dq, dk, dv, sums_of_ds)
+            run.together(*read, out, row_max, row_sum, terms, dq, dk, dv, sums_of_ds, dbias, counts)
         if run.dkdv is not None:
             run.dkdv(*read, row_max, terms, dk, dv)
         if run.dbias is not None:

@@ -1,4 +1,7 @@
-"""Sum of what groups of rows have left apart, in order: the same to the bit each time."""
+"""Sum of what groups of rows have left apart, in order: the same to the bit each time.
+
+By the last of the programs that leave it, where a kernel before has left zeros to count them with; else by a kernel.
+"""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
@@ -9,6 +12,26 @@ from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_b
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 _TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
+
+
+@triton.jit
+def add_up_if_last(parts_ptr, sum_ptr, count_ptr, step, groups, in_range):
+    """A program calls this once it has stored its part of a tile.
+
+    Args:
+        parts_ptr: of the tile, the first group's; the others follow a step apart.
+        count_ptr: how many programs of this tile have called.
+    """
+    tl.debug_barrier()  # the part is there, whichever thread stored it, before the count says so
+    done = tl.atomic_add(count_ptr, 1, sem="acq_rel")
+    if done == groups - 1:
+        tl.debug_barrier()
+        total = tl.zeros(in_range.shape, tl.float32)
+        for _ in range(groups):
+            # Not from L1, which knows nothing of other multiprocessors' stores.
+            total += tl.load(parts_ptr, mask=in_range, other=0.0, cache_modifier=".cg")
+            parts_ptr += step
+        tl.store(sum_ptr, total.to(sum_ptr.dtype.element_ty), mask=in_range)
 
 
 @triton.jit

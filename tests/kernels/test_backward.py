@@ -106,6 +106,31 @@ def test_two_runs_agree_to_the_bit(device):
         assert torch.equal(first, second)
 
 
+def test_the_last_group_of_rows_adds_dbias_up(device, monkeypatch):
+    """As a kernel of its own would, to the bit, whichever program ends last."""
+    on_gpu = torch.device(device).type == "cuda"
+    shapes = [{"B": 2, "R": 17, "I": 66, "J": 18, "H": 1}]  # the last tiles and the last group are not full
+    if on_gpu:
+        shapes += [{"R": 128, "I": 128, "J": 128, "H": 4}, {"R": 192, "I": 192, "J": 192, "H": 2}]
+    for shape in shapes:
+        x = random_inputs(**shape, D=16, dtype=torch.bfloat16, device=device, key_term="additive")
+        backward._plans.clear()
+        added_up = [gradients(x) for _ in range(20 if on_gpu else 1)]
+        (plan,) = backward._plans.values()
+        assert plan.portable.counts_shape is not None
+        assert plan.portable.sum is None
+        backward._plans.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(backward, "fits_counts", lambda count, programs: False)
+            expected = gradients(x)
+        (plan,) = backward._plans.values()
+        assert plan.portable.sum is not None
+        backward._plans.clear()
+        for actual in added_up:
+            for a, b in zip(actual, expected, strict=True):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("axis", ["B", "R", "I", "J", "H"])
 def test_empty(device, axis):
     sizes = {"B": 2, "R": 3, "I": 4, "J": 5, "H": 2, axis: 0}

@@ -15,6 +15,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
 )
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.portable.operands import head_of, query_terms, saved_of_block
+from trifast_inductor.kernels.triangle_attention.sums import add_up_if_last
 
 
 @triton.jit
@@ -23,6 +24,9 @@ def dbias_of_tile(
     operands,
     saved,
     dbias_ptr,  # [groups, B, H, I, J] contiguous
+    sum_ptr,  # [B, H, I, J] contiguous: of the groups, if this is to add them up
+    counts_ptr,  # how many groups of a tile are done; zeros at first
+    groups,
     B,
     rows,  # of r, to a group
     sizes,
@@ -39,6 +43,7 @@ def dbias_of_tile(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     TERMS_ARE_LEFT: tl.constexpr,
+    ADDS_UP: tl.constexpr,
 ):
     of_q, of_k, of_v, of_bias, of_key, of_do = operands
     R, H, I, J, J_bias = sizes
@@ -110,11 +115,13 @@ def dbias_of_tile(
         if KEY_TERM != "none":
             key_ptr += stride_key_r
 
-    tl.store(
-        dbias_ptr + (head * I + first_i) * J + first_j + (i * J)[:, None] + j[None, :],
-        dbias.to(dbias_ptr.dtype.element_ty),
-        mask=in_range,
-    )
+    offsets = first_i.to(tl.int64) * J + first_j + ((i * J)[:, None] + j[None, :])
+    tl.store(dbias_ptr + head * I * J + offsets, dbias.to(dbias_ptr.dtype.element_ty), mask=in_range)
+    if ADDS_UP:
+        tiles = B * H * blocks_i * blocks_j
+        offsets += (b * H + h) * I * J
+        step = tl.cast(B, tl.int64) * H * I * J
+        add_up_if_last(dbias_ptr + offsets, sum_ptr + offsets, counts_ptr + pid % tiles, step, groups, in_range)
 
 
 @triton.jit
@@ -191,6 +198,9 @@ def _triangle_attention_bwd_dbias(
         operands,
         (row_max_ptr, row_max_ptr, row_max_ptr, terms_ptr),
         dbias_ptr,
+        None,
+        None,
+        1,
         B,
         rows,
         (R, H, I, J, J_bias),
@@ -207,4 +217,5 @@ def _triangle_attention_bwd_dbias(
         BLOCK_I,
         BLOCK_J,
         TERMS_ARE_LEFT=True,
+        ADDS_UP=False,
     )

@@ -130,6 +130,7 @@ def _triangle_attention_bwd_dq(
     row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, 2, I] contiguous: log2 of the sum and δ are left here for the other kernels
     dq_ptr,  # [B, R, I, H, D] contiguous
+    counts_ptr,  # [counts], to which zeros are written, for a kernel that counts
     stride_qb: tl.int64,
     stride_qr: tl.int64,
     stride_qi: tl.int64,
@@ -162,6 +163,7 @@ def _triangle_attention_bwd_dq(
     I,
     J,
     J_bias,  # J rounded up: so far do the rows of the bias go
+    counts,  # no more than there are programs
     scale,
     fill,
     D: tl.constexpr,
@@ -178,6 +180,8 @@ def _triangle_attention_bwd_dq(
     PDL: tl.constexpr,
 ):
     after_the_kernel_before(PDL)
+    if counts_ptr is not None:
+        tl.store(counts_ptr + tl.program_id(0), 0, mask=tl.program_id(0) < counts)
     operands = (
         (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh, stride_qd),
         (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh, stride_kd),

@@ -30,6 +30,8 @@ def _triangle_attention_bwd_together(
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
     dbias_ptr,  # [groups, B, H, I, J] contiguous
+    sum_ptr,  # [B, H, I, J] contiguous: of the groups, where a kernel before has left zeros to count them
+    counts_ptr,
     stride_qb: tl.int64,
     stride_qr: tl.int64,
     stride_qi: tl.int64,
@@ -63,6 +65,7 @@ def _triangle_attention_bwd_together(
     I,
     J,
     rows,  # of r, to a group
+    groups,
     J_bias,  # J rounded up: so far do the rows of the bias go
     programs_dbias,
     programs_dkdv,
@@ -77,6 +80,7 @@ def _triangle_attention_bwd_together(
     ALIGNED: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
     WITH_DQ: tl.constexpr,
+    ADDS_UP: tl.constexpr,
     DQ_EVEN_I: tl.constexpr,
     DQ_EVEN_J: tl.constexpr,
     DQ_BLOCK_I: tl.constexpr,
@@ -111,6 +115,9 @@ def _triangle_attention_bwd_together(
             operands,
             saved,
             dbias_ptr,
+            sum_ptr,
+            counts_ptr,
+            groups,
             B,
             rows,
             sizes,
@@ -127,6 +134,7 @@ def _triangle_attention_bwd_together(
             DBIAS_BLOCK_I,
             DBIAS_BLOCK_J,
             TERMS_ARE_LEFT=not WITH_DQ,
+            ADDS_UP=ADDS_UP,
         )
     elif not WITH_DQ or pid < programs_dbias + programs_dkdv:
         dkdv_of_block(
