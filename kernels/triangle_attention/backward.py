@@ -1,4 +1,4 @@
-"""Backward in plain Triton that recomputes the probabilities, deterministic and without atomics.
+"""Backward in plain Triton that recomputes the probabilities, deterministic: nothing is summed by atomics.
 
     p = exp(x - row_max) / row_sum     dp = ⟨grad_out, v⟩     δ = Σ_d out·grad_out     ds = p·(dp - δ)
     dq = scale·Σ_j ds·k     dk = scale·Σ_i ds·q     dv = Σ_i p·grad_out     dbias = Σ_r ds
