@@ -20,7 +20,7 @@ from torch._inductor.virtualized import V
 from torch._logging._internal import trace_structured
 
 from trifast_inductor.errors import DeclinedError
-from trifast_inductor.kernels.triangle_attention import inductor, op, validation
+from trifast_inductor.kernels.triangle_attention import op, validation
 from trifast_inductor.patterns import attention, canonical, nodes, recheck
 from trifast_inductor.patterns.lower import Lowering
 from trifast_inductor.patterns.recording import Reading
@@ -60,6 +60,9 @@ class TriangleAttentionPass(CustomGraphPass):  # type: ignore[misc]  # inductor 
             self.before(graph)
         rows = rewrite(graph, strict=self.strict, packages_kernels=self.packages_kernels)
         if any(row.rewritten for row in rows):
+            # Not before: importing inductor's lowerings asks for the GPUs, after which a process cannot fork.
+            from trifast_inductor.kernels.triangle_attention import inductor
+
             inductor.install()
 
     def uuid(self) -> Any | None:

@@ -24,9 +24,12 @@ class _AtOnce(ir.FallbackKernel):  # type: ignore[misc]
 
     def get_kernel_name(self) -> str:
         name: str = super().get_kernel_name()
-        device = self.get_device()
-        # C++ asks the dispatcher; on a CPU the function is served by ops that may want to know of autograd.
-        return name if V.graph.cpp_wrapper or device is None or device.type != "cuda" else f"{name}.at_once"
+        return f"{name}.at_once" if serves(self.get_device()) and not V.graph.cpp_wrapper else name
+
+
+def serves(device: torch.device | None) -> bool:
+    """Whether the function is called itself; on a CPU it calls ops of torch, which may want to know of autograd."""
+    return device is not None and device.type == "cuda"
 
 
 def _lowering(target: torch._ops.OpOverload) -> Any:

@@ -98,6 +98,7 @@ def main() -> None:
         "cuda_initialised": torch.cuda.is_initialized(),
         "drivers": [driver for driver in drivers() if driver not in before],
         "kernels": sorted(name for name in sys.modules if name.endswith(("triangle_attention.forward", ".backward"))),
+        "lowerings": "torch._inductor.lowering" in sys.modules,
         "handlers": len(logging.getLogger("trifast_inductor").handlers),
         "fork": loaded("fork"),
         "spawn": loaded("spawn"),

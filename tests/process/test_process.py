@@ -53,6 +53,7 @@ class TestOneProcess:
         assert not found["cuda_initialised"]
         assert found["drivers"] == []
         assert found["kernels"] == []
+        assert not found["lowerings"]  # whose import asks for the GPUs
 
     def test_the_import_configures_no_logging(self, found):
         assert found["handlers"] == 0
