@@ -32,14 +32,21 @@ class Program:
     current_stream: Callable[[int], int]
 
     def __call__(self, addresses: list[int]) -> tuple[Tensor, ...] | None:
-        """None where somebody listens to launches, or another device is current: then Triton is asked to launch."""
+        """None where the call has to be made as ever.
+
+        Somebody listens to launches, which Triton then has to do; another device is current; or there is no room for
+        the block in one piece.
+        """
         if launching.are_heard() or self.current_device() != self.device:
             return None
-        results = [make() for make in self.results]
-        starts = [t.data_ptr() for t in results]
-        if self.block is not None:
-            block = self.block()
-            starts.append(block.data_ptr())
+        try:
+            results = [make() for make in self.results]
+            starts = [t.data_ptr() for t in results]
+            if self.block is not None:
+                block = self.block()
+                starts.append(block.data_ptr())
+        except torch.OutOfMemoryError:
+            return None
         self.launch(addresses + [starts[n] + offset for n, offset in self.made], self.current_stream(self.device))
         return tuple(results)
 

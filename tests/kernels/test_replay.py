@@ -1,5 +1,6 @@
 """Calls that are written down and run again: on what they are given, in memory that no two tensors share at a time."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -197,6 +198,17 @@ def test_a_program_does_not_run_where_triton_is_listened_to_or_another_device_is
     assert launched == []
     driver.device = 0
     assert program([16, 32]) is not None
+
+
+def test_a_call_makes_smaller_pieces_where_there_is_no_room_for_one(launched):
+    def full():
+        raise torch.OutOfMemoryError("out of memory")
+
+    x, y = torch.zeros(5), torch.zeros(7)
+    program = recorded(two_results, x, y)
+    assert replace(program, block=full)([16, 32]) is None
+    assert replace(program, results=[full])([16, 32]) is None
+    assert launched == []
 
 
 class Recorded:
