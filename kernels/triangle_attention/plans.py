@@ -33,8 +33,8 @@ def signature(*tensors: Tensor | None) -> Signature:
 class Plans(dict[Signature, T], Generic[T]):
     """What was decided for each signature seen."""
 
-    # Sequence lengths of a long evaluation, a few calls each: about 3 KB a plan.
-    _LIMIT = 4096
+    # Sequence lengths of a long evaluation, a few calls each: 30 KB a plan, with its program and what Triton keeps of it.
+    _LIMIT = 1024
 
     def __init__(self) -> None:
         super().__init__()
