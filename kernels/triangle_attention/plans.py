@@ -33,7 +33,7 @@ def signature(*tensors: Tensor | None) -> Signature:
 class Plans(dict[Signature, T], Generic[T]):
     """What was decided for each signature seen."""
 
-    # Sequence lengths of a long evaluation, a few calls each: 30 KB a plan, with its program and what Triton keeps of it.
+    # Sequence lengths of a long evaluation, a few calls each: 30 KB a plan, with its program and what Triton keeps.
     _LIMIT = 1024
 
     def __init__(self) -> None:
