@@ -30,8 +30,9 @@ from typing import Any
 import torch
 import torch.utils.flop_counter
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from trifast_inductor.errors import DoubleBackwardError, DtypeError, ForwardModeError
 from trifast_inductor.kernels.triangle_attention import batching, cpu, validation
@@ -172,7 +173,7 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
-class _TriangleAttention(torch.autograd.Function):
+class _TriangleAttention(_SingleLevelFunction):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         out, row_max, row_sum = _at_next_level(triangle_attention, triangle_attention_forward, *inputs)
@@ -222,7 +223,7 @@ class _TriangleAttention(torch.autograd.Function):
         raise ForwardModeError(_NO_TANGENTS)
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(_SingleLevelFunction):
     """The backward where a graph of it is asked for: it can be built, not used."""
 
     @staticmethod
@@ -253,12 +254,14 @@ _NO_TANGENTS = (
 
 
 def _applied(function: Any, *inputs: Any) -> Any:
-    """`function.apply`; inside torch.func at the level that this call was dispatched to, as for torch's own ops."""
+    """`function.apply`; inside torch.func at the level that this call was dispatched to, as for torch's own ops.
+
+    `torch.autograd.Function` would ask for a transform once more: its parent has the autograd of one level.
+    """
     if not torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)
+        return function.apply(*unwrap_dead_wrappers(inputs))
     with enable_single_level_autograd_function():
-        # `apply` would ask for a transform once more; what it overrides is the autograd of one level.
-        return super(torch.autograd.Function, function).apply(*inputs)
+        return function.apply(*inputs)
 
 
 def _at_next_level(differentiable: Any, differentiated: Any, *inputs: Any) -> Any:
