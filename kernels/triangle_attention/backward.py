@@ -133,7 +133,6 @@ class _Portable:
             }
             shared |= {f"programs_{name}": count for name, count in programs.items()}
             values = {"rows": 1, "groups": 1, **shared, **of_each, "NEEDS_DBIAS": needs_dbias, "WITH_DQ": with_dq}
-            values["ADDS_UP"] = self.counts_shape is not None
             count = sum(programs.values()) - (0 if with_dq else programs["dq"])
             self.together = Launch(_triangle_attention_bwd_together, count, values, tiles["dkdv"])
         if not with_dq:

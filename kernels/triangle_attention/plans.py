@@ -77,8 +77,7 @@ class Programs:
 
     def run(self, tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
         """The results, if such a call is known."""
-        key = (numbers, *[t is None for t in tensors])
-        known = self._known.get(key)
+        known = self._known.get(key := _key(tensors, numbers))
         if known is None:
             return None
         given = [t for t in tensors if t is not None]
@@ -103,7 +102,7 @@ class Programs:
         given = [t for t in tensors if t is not None]
         results = recorder(run, given)
         if recorder.program is not None and _are_aligned([t.data_ptr() for t in given]):
-            self._add(recorder.program, given, (numbers, *[t is None for t in tensors]))
+            self._add(recorder.program, given, _key(tensors, numbers))
         return results
 
     def _add(self, program: Program, given: Sequence[Tensor], key: tuple[Any, ...]) -> None:
@@ -111,6 +110,10 @@ class Programs:
         fits = None if any(fits(*given) for fits, _ in known) else _guard(given)
         if fits is not None:
             self._known[key] = [(fits, program), *known[: self._LIMIT - 1]]
+
+
+def _key(tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    return numbers, *[t is None for t in tensors]
 
 
 def _are_aligned(addresses: Sequence[int]) -> bool:

@@ -22,7 +22,6 @@ class Made:
     """A tensor that the call made, and the launches between which its contents are wanted."""
 
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
     address: int
@@ -70,7 +69,7 @@ class Tape(TorchDispatchMode):
             self.gap = self.gap or f"{func} of torch"
         return func(*args, **(kwargs or {}))
 
-    def place_of(self, t: Tensor) -> Place | None:
+    def _place_of(self, t: Tensor) -> Place | None:
         """None where it cannot be told."""
         for n, given in enumerate(self._inputs):
             if given is t:
@@ -87,7 +86,7 @@ class Tape(TorchDispatchMode):
     def _note_launch(self, launch: Any, tensors: Sequence[Tensor]) -> None:
         places = []
         for t in tensors:
-            place = self.place_of(t)
+            place = self._place_of(t)
             if place is None:
                 self.gap = self.gap or "a launch on a tensor of unknown origin"
                 return
@@ -97,7 +96,7 @@ class Tape(TorchDispatchMode):
         self.launches.append((launch, places))
 
     def _note_made(self, t: Tensor) -> None:
-        self.made.append(Made(tuple(t.shape), t.stride(), t.dtype, t.nbytes, t.data_ptr(), ref(t)))
+        self.made.append(Made(tuple(t.shape), t.dtype, t.nbytes, t.data_ptr(), ref(t)))
 
 
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)

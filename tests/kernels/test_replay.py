@@ -12,6 +12,7 @@ from trifast_inductor.testing import random_inputs
 pytest.importorskip("triton")
 import triton
 
+from tests.kernels.test_launching import gradients_of
 from trifast_inductor.kernels.triangle_attention import backward, direct, forward, memory, replay, tape
 from trifast_inductor.kernels.triangle_attention.plans import Plans, Programs
 from trifast_inductor.kernels.triangle_attention.replay import Recorder
@@ -308,23 +309,19 @@ def test_programs_give_the_bits_of_the_calls_that_they_were_written_down_from(N,
     given = {"R": N, "I": N, "J": N, "H": 4, "D": 32, "dtype": torch.bfloat16, "device": device, **changes}
     calls = [random_inputs(**given, seed=seed) for seed in range(3)]
 
-    def results(x):
-        saved = forward.launch(*x.op)
-        return (*saved, *backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True))
-
     forward._plans.clear()
     backward._plans.clear()
     with mock.patch.object(replay, "program", return_value=None):
-        expected = [results(x) for x in calls]
+        expected = [gradients_of(x) for x in calls]
     forward._plans.clear()
     backward._plans.clear()
     for x in calls[:2]:
-        results(x)
+        gradients_of(x)
     assert len(forward._plans.programs._known) == len(backward._plans.programs._known) == 1
     ran = []
     run = replay.Program.__call__
     with mock.patch.object(replay.Program, "__call__", lambda self, given: ran.append(self) or run(self, given)):
-        actual = [results(x) for x in calls]
+        actual = [gradients_of(x) for x in calls]
     assert len(ran) == 6
     for mine, wanted in zip(actual, expected, strict=True):
         for a, b in zip(mine, wanted, strict=True):

@@ -24,8 +24,8 @@ def dbias_of_tile(
     operands,
     saved,
     dbias_ptr,  # [groups, B, H, I, J] contiguous
-    sum_ptr,  # [B, H, I, J] contiguous: of the groups, if this is to add them up
-    counts_ptr,  # how many groups of a tile are done; zeros at first
+    sum_ptr,  # [B, H, I, J] contiguous: of the groups, if they are counted
+    counts_ptr,  # how many groups of a tile are done, zeros at first; None where they are left apart
     groups,
     B,
     rows,  # of r, to a group
@@ -43,7 +43,6 @@ def dbias_of_tile(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     TERMS_ARE_LEFT: tl.constexpr,
-    ADDS_UP: tl.constexpr,
 ):
     of_q, of_k, of_v, of_bias, of_key, of_do = operands
     R, H, I, J, J_bias = sizes
@@ -117,7 +116,7 @@ def dbias_of_tile(
 
     offsets = first_i.to(tl.int64) * J + first_j + ((i * J)[:, None] + j[None, :])
     tl.store(dbias_ptr + head * I * J + offsets, dbias.to(dbias_ptr.dtype.element_ty), mask=in_range)
-    if ADDS_UP:
+    if counts_ptr is not None:
         tiles = B * H * blocks_i * blocks_j
         offsets += (b * H + h) * I * J
         step = tl.cast(B, tl.int64) * H * I * J
@@ -217,5 +216,4 @@ def _triangle_attention_bwd_dbias(
         BLOCK_I,
         BLOCK_J,
         TERMS_ARE_LEFT=True,
-        ADDS_UP=False,
     )

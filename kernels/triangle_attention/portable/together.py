@@ -80,7 +80,6 @@ def _triangle_attention_bwd_together(
     ALIGNED: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
     WITH_DQ: tl.constexpr,
-    ADDS_UP: tl.constexpr,
     DQ_EVEN_I: tl.constexpr,
     DQ_EVEN_J: tl.constexpr,
     DQ_BLOCK_I: tl.constexpr,
@@ -134,7 +133,6 @@ def _triangle_attention_bwd_together(
             DBIAS_BLOCK_I,
             DBIAS_BLOCK_J,
             TERMS_ARE_LEFT=not WITH_DQ,
-            ADDS_UP=ADDS_UP,
         )
     elif not WITH_DQ or pid < programs_dbias + programs_dkdv:
         dkdv_of_block(
