@@ -6,7 +6,8 @@
 dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
 walks the rows. Nothing is added up across programs, but for dbias where its tiles are too few to fill a GPU: groups
 of rows are then summed apart and added in order, by the last of them or by a kernel (`sums.py`). The price: nine
-products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch.
+products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch, or on
+Hopper one kernel that makes five (`portable/whole.py`).
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
 
@@ -25,6 +26,7 @@ from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.launching import Launch, on_device_of
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.plans import Plans, signature
+from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.kernels.triangle_attention.portable.dbias import _triangle_attention_bwd_dbias
 from trifast_inductor.kernels.triangle_attention.portable.dkdv import _triangle_attention_bwd_dkdv
 from trifast_inductor.kernels.triangle_attention.portable.dq import _triangle_attention_bwd_dq
@@ -56,12 +58,16 @@ class _Plan:
         self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
         self.dbias_dtype = q.dtype if bias is None else bias.dtype
         self.is_empty = 0 in (*q.shape[:4], k.shape[2])
-        self.lean: lean.Plan | None = None
+        self.elsewhere: lean.Plan | whole.Plan | None = None
         self.portable: _Portable | None = None  # once it is asked for
         self.recorder = Recorder()
-        if not self.is_empty and lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
-            given = (grad_out, q, k, v, bias, key_bias, key_mask)
-            self.lean = lean.Plan(*given, scale, fill, key_term_first, needs_dbias)
+        given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
+        if self.is_empty:
+            return
+        if whole.refusal(grad_out, q, k, v, bias) is None:
+            self.elsewhere = whole.Plan(*given)
+        elif lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
+            self.elsewhere = lean.Plan(*given)
 
 
 class _Portable:
@@ -195,11 +201,13 @@ def launch(
 def _launch(
     plan: _Plan, *given: Any, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if plan.lean is None:
+    if plan.elsewhere is None:
         return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
     grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
     with on_device_of(q):
-        return plan.lean(grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask, out, row_max, row_sum)
+        return plan.elsewhere(
+            grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask, out, row_max, row_sum
+        )
 
 
 def portable(

@@ -20,7 +20,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory, tilin
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
-from trifast_inductor.kernels.triangle_attention.launching import Launch, on_device_of
+from trifast_inductor.kernels.triangle_attention.launching import Launch, cuda_arch, on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     load_key_term,
@@ -110,11 +110,19 @@ def _triangle_attention_fwd(
     row_sum = tl.zeros([BLOCK_I], tl.float32)
     acc = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
 
+    if KEY_TERM == "select":
+        key = load_key_term(key_ptr, j, within(j, J, EVEN_J), stride_key_j, KEY_TERM)
     for start in range(0, J, BLOCK_J):
         in_range = within(j, J - start, EVEN_J)
+        if KEY_TERM != "select":
+            key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
+        if KEY_TERM != "none":
+            key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
+        if KEY_TERM == "select":
+            # A turn ahead: Triton makes no copies ahead of less than four bytes.
+            next_key = load_key_term(key_ptr, j, j < J - start - BLOCK_J, stride_key_j, KEY_TERM)
         k = load_rows(k_ptr, j, in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
-        key = load_key_term(key_ptr, j, in_range, stride_key_j, KEY_TERM)
         bias = 0.0
         if HAS_BIAS:
             bias_in_range = i_in_range[:, None] & within(j, J_bias - start, EVEN_J)[None, :]
@@ -141,8 +149,8 @@ def _triangle_attention_fwd(
         v_ptr += BLOCK_J * stride_vj
         if HAS_BIAS:
             bias_ptr += BLOCK_J * tl.cast(stride_bias_j, tl.int64)
-        if KEY_TERM != "none":
-            key_ptr += BLOCK_J * tl.cast(stride_key_j, tl.int64)
+        if KEY_TERM == "select":
+            key = next_key
 
     out_ptr += (((b * R + r) * I + first) * H + h) * D
     store_rows(out_ptr, acc / row_sum[:, None], i, i_in_range, H * D, D, BLOCK_D)
@@ -200,6 +208,7 @@ class _Portable:
         self.aligned = AlignedRows(bias)
         shared = arguments.shared(q, k, v, self.aligned(bias), key_bias, key_mask, scale, fill, key_term_first)
         tile = tiling.choose("forward", **arguments.kind(shared, q.dtype, q.get_device()))
+        tile = tiling.capped(tile, q.dtype, q.shape[-1], cuda_arch())
         programs = B * R * H * triton.cdiv(I, tile.BLOCK_I)
         shared |= {"ALIGNED": arguments.rows_are_aligned(q, k, v), **arguments.evenness(I, J, tile)}
         self.run = Launch(_triangle_attention_fwd, programs, shared, tile)

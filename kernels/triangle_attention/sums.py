@@ -11,7 +11,8 @@ from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-_TILE = Tile(BLOCK_I=1, BLOCK_J=1024, num_warps=4, num_stages=1)
+# Of eight groups at a time, so that their loads are under way together, and of few elements, for many programs.
+_TILE = Tile(BLOCK_I=8, BLOCK_J=256, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -40,15 +41,20 @@ def _triangle_attention_bwd_sum(
     sum_ptr,  # [count]
     count: tl.int64,
     groups,
+    BLOCK_I: tl.constexpr,  # groups at a time
     BLOCK_J: tl.constexpr,
     PDL: tl.constexpr,
 ):
     after_the_kernel_before(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    total = tl.zeros([BLOCK_J], tl.float32)
-    for _ in range(groups):
-        total += tl.load(parts_ptr + place, mask=place < count, other=0.0)
-        parts_ptr += count
+    group = tl.arange(0, BLOCK_I)
+    ptrs = parts_ptr + group[:, None] * count + place[None, :]
+    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for first in range(0, groups, BLOCK_I):
+        in_range = (group < groups - first)[:, None] & (place < count)[None, :]
+        total += tl.load(ptrs, mask=in_range, other=0.0)
+        ptrs += BLOCK_I * count
+    total = tl.sum(total, 0)
     tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < count)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import backward, forward, tiling, tuning
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.kernels.triangle_attention.tile_store import Entry
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
@@ -83,7 +84,8 @@ def median_ms(run: Run) -> float:
 def serves(device: int, key: Key) -> bool:
     """Whether launches take this kernel at some length that the key stands for, operands and bias of one dtype.
 
-    Long sequences of 16 bits go to kernels for Hopper, whose tiles are fixed by the order in which they keep the bias.
+    Sequences of 16 bits go to kernels for Hopper where those serve. Their tiles are fixed: by the order in which they
+    keep the bias, or because a tile is a whole row.
     """
     if not hopper.is_hopper(device):
         return True
@@ -95,7 +97,8 @@ def _is_portable(device: int, key: Key, length: int) -> bool:
     grad_out, q, k, v, bias, key_bias = _operands(key, length, make)
     if key.kernel == "forward":
         return hopper.refusal(q, k, v, bias, None, *_NUMBERS) is not None
-    return lean.refusal(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is not None
+    is_lean = lean.refusal(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is None
+    return not is_lean and whole.refusal(grad_out, q, k, v, bias) is not None
 
 
 _NUMBERS = (1.0, 0.0, True)  # scale, fill, and a key term that comes before the bias

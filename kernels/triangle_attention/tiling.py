@@ -159,7 +159,29 @@ def choose(
     """
     sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
     tile = heuristic(kernel, dtype, D, precision, min(I, J)) if sizes is None else Tile(**sizes)
-    return replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
+    tile = replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
+    return _halved(tile, I) if kernel == "forward" and dtype != torch.float32 and D <= 32 else tile
+
+
+def _halved(tile: Tile, I: int) -> Tile:
+    """Half as many queries where the last tile would be mostly padding.
+
+    One H200, with a key mask: N=160 0.025 ms in tiles of 64 for 0.034, 192 0.034 for 0.048; but 224 0.058 for 0.054.
+    """
+    spared = -(-I // 64) * 64 <= 0.85 * (-(-I // 128) * 128)
+    return replace(tile, BLOCK_I=64) if tile.BLOCK_I == 128 and spared else tile
+
+
+def capped(tile: Tile, dtype: torch.dtype, D: int, arch: int) -> Tile:
+    """The forward's tile, of 128 registers on Hopper, so that four programs share a multiprocessor.
+
+    Nothing spills there, as it would on sm_80. One H200, with a key mask: N=128 with 32 heads 0.078 ms for 0.087, 224
+    0.054 for 0.066.
+    """
+    fits = arch == 90 and dtype != torch.float32 and D <= 32
+    if fits and (tile.BLOCK_I, tile.BLOCK_J, tile.num_warps) == (128, 32, 4):
+        return CappedTile(**vars(tile), maxnreg=128)
+    return tile
 
 
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:

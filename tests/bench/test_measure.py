@@ -36,7 +36,7 @@ def test_a_peer_without_a_backward_keeps_its_forward() -> None:
     [
         (torch.cuda.OutOfMemoryError("Tried to allocate 64 GiB"), "out of memory"),
         (RuntimeError("CUDA out of memory"), "out of memory"),
-        (ValueError("\n  first line\nsecond"), "error: ValueError: first line"),
+        (ValueError("\n  first line\nsecond"), "error: ValueError: first line second"),
         (KeyError(), "error: KeyError: "),
     ],
 )

@@ -26,6 +26,7 @@ import torch
 from trifast_inductor.kernels.triangle_attention import op, tuning
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.options import integers
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs, results
 
@@ -81,8 +82,9 @@ def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options:
 
 def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
+    whole.LONGEST = 0
     lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
-    choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._SHORTEST = 1
+    choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._FEWEST_LOGITS = 1
     dbias_choice._MOST_PADDED = float("inf")
     # `refusal` has it as a default.
     choice.refusal.__defaults__ = (1,)

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
-from trifast_inductor.testing import Inputs, assert_within_budget, eager, logits_rounding, random_inputs, results
+from trifast_inductor.testing import (
+    KEY_TERMS,
+    Inputs,
+    assert_within_budget,
+    eager,
+    logits_rounding,
+    random_inputs,
+    results,
+)
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import backward, forward
+from trifast_inductor.kernels.triangle_attention.portable import whole
 
 NAMES = ("dq", "dk", "dv", "dbias")
 
@@ -106,7 +115,24 @@ def test_two_runs_agree_to_the_bit(device):
         assert torch.equal(first, second)
 
 
-def test_the_last_group_of_rows_adds_dbias_up(device, monkeypatch):
+@pytest.fixture
+def portable_only(monkeypatch):
+    """As where there is no Hopper GPU, for short sequences."""
+    monkeypatch.setattr(whole, "LONGEST", 0)
+    backward._plans.clear()
+    yield
+    backward._plans.clear()
+
+
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("key_term", KEY_TERMS)
+@pytest.mark.parametrize(("I", "J"), [(17, 33), (64, 64), (70, 66)])
+def test_short_sequences_on_other_gpus(device, portable_only, I, J, key_term, key_term_first):
+    given = {"dtype": torch.bfloat16, "key_term": key_term, "key_term_first": key_term_first, "device": device}
+    assert_gradients_within_budget(random_inputs(R=3, I=I, J=J, H=2, D=16, **given))
+
+
+def test_the_last_group_of_rows_adds_dbias_up(device, monkeypatch, portable_only):
     """As a kernel of its own would, to the bit, whichever program ends last."""
     on_gpu = torch.device(device).type == "cuda"
     shapes = [{"B": 2, "R": 17, "I": 66, "J": 18, "H": 1}]  # the last tiles and the last group are not full

@@ -90,7 +90,7 @@ def test_more_heads_than_programs(hopper):
 def test_other_calls_get_the_lean_kernels():
     x = random_inputs(I=256, J=256, dtype=torch.bfloat16)
     assert refusal(x) == "the device is no Hopper"
-    assert refusal(random_inputs(I=255, J=256, dtype=torch.bfloat16)) == "255 queries by 256 keys are fewer than 256"
+    assert refusal(random_inputs(I=191, J=256, dtype=torch.bfloat16)) == "191 queries by 256 keys are fewer than 192"
     assert refusal(random_inputs(I=256, J=256, D=64, dtype=torch.bfloat16)) == "D=64 is not in (16, 32)"
 
 

@@ -132,6 +132,8 @@ def test_it_reads_well() -> None:
         ("dq", torch.float16, 64, 256, True),
         ("dkdv", torch.float16, 64, 512, False),
         ("dbias", torch.bfloat16, 128, 512, True),
+        ("dkdv", torch.bfloat16, 32, 64, False),
+        ("dkdv", torch.bfloat16, 32, 128, True),  # up to 96
     ],
 )
 def test_on_hopper_some_kernels_serve_no_launch(monkeypatch, kernel, dtype, D, length, expected):
@@ -139,6 +141,7 @@ def test_on_hopper_some_kernels_serve_no_launch(monkeypatch, kernel, dtype, D, l
     monkeypatch.setattr(hopper, "is_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "gluon_refusal", lambda: None)
     monkeypatch.setattr(tile_search.lean, "_is_hopper", lambda: True)
+    monkeypatch.setattr(tile_search.whole, "cuda_arch", lambda: 90)
     operands = tile_search._operands
     monkeypatch.setattr(tile_search, "_operands", lambda key, N, make: operands(key, N, of_cuda))
     assert tile_search.serves(0, Key(kernel, dtype, "ieee", D, 4, length, True, True)) == expected

@@ -28,7 +28,7 @@ def test_one_kernel_for_real(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == [
         "triangle_attention_fwd",
-        "triangle_attention_bwd_together",
+        "triangle_attention_bwd_whole",
     ]
     assert lines[2].split("|")[8].strip().startswith("16x16")
     assert int(lines[2].split("|")[9]) > 16

@@ -148,5 +148,5 @@ def in_short(error: Exception) -> str:
     """A note for a table: one line, and the same words for every way of running out of memory."""
     if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
         return "out of memory"
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"error: {type(error).__name__}: {first[:120]}"
+    text = " ".join(str(error).split())  # what torch.compile raises says only in its second line what happened
+    return f"error: {type(error).__name__}: {text[:160]}"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
-_SHORTEST = 256  # queries and keys; fewer were not measured
+_SHORTEST = 192  # queries and keys: docs/benchmarks/log-backward.md, step 17
 _HEADS = (16, 32)  # columns D; at 64 dk and dv do not fit beside two tiles of logits
 
 

@@ -17,10 +17,12 @@ from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, ke
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
-# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, step 4.
+# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, steps 4 and 17.
 SHORTEST = 192
-SHORTEST_WITH_KEY_TERM = 256
 FEWEST_LOGITS = 4 * 192**3
+# With a key term: shorter ones only where there is more to do.
+SHORTEST_WITH_KEY_TERM = 256
+FEWEST_LOGITS_WITH_KEY_TERM = 80_000_000
 
 
 def refusal(
@@ -36,13 +38,16 @@ def refusal(
     """Why a call goes to the portable kernels, or None."""
     B, R, I, H, D = q.shape
     J = k.shape[2]
-    shortest = SHORTEST if key_bias is None and key_mask is None else SHORTEST_WITH_KEY_TERM
+    logits = B * R * H * I * J
+    is_short = min(I, J) < SHORTEST or logits < FEWEST_LOGITS
+    if key_bias is not None or key_mask is not None:
+        is_short |= min(I, J) < SHORTEST_WITH_KEY_TERM and logits < FEWEST_LOGITS_WITH_KEY_TERM
     why = None
     if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
         why = "q, k, v and bias are not of one 16-bit dtype"
     elif D not in (16, 32, 64):
         why = f"D={D} is not 16, 32 or 64"
-    elif min(I, J) < shortest or B * R * H * I * J < FEWEST_LOGITS:
+    elif is_short:
         why = "too small"
     elif key_mask is not None and not fill <= keys.FILL:
         why = f"keys that are masked with {fill:g} may still be seen"

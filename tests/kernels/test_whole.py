@@ -1,0 +1,99 @@
+"""The backward of short sequences in one pass: which calls it takes, and its gradients against the definition."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trifast_inductor.testing import KEY_TERMS, random_inputs
+
+pytest.importorskip("triton")
+from tests.kernels.test_backward import assert_gradients_within_budget, gradients
+from trifast_inductor.kernels.triangle_attention import backward
+from trifast_inductor.kernels.triangle_attention.portable import whole
+
+
+@pytest.fixture(autouse=True)
+def hopper(device):
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    backward._plans.clear()
+    yield
+    backward._plans.clear()
+
+
+def inputs(device, **options):
+    given = {"R": 3, "I": 17, "J": 17, "H": 2, "D": 16, "dtype": torch.bfloat16, "device": device, **options}
+    return random_inputs(**given)
+
+
+def refusal(x):
+    return whole.refusal(x.grad_out, x.q, x.k, x.v, x.bias)
+
+
+def assert_taken():
+    assert all(isinstance(plan.elsewhere, whole.Plan) for plan in backward._plans.values())
+
+
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("key_term", KEY_TERMS)
+@pytest.mark.parametrize(
+    ("I", "J", "D", "has_bias"),
+    [(1, 5, 8, True), (32, 32, 32, False), (33, 17, 24, True), (64, 64, 16, True), (97, 128, 32, True)],
+)
+def test_agrees_with_reference(device, I, J, D, has_bias, key_term, key_term_first):
+    given = {"has_bias": has_bias, "key_term": key_term, "key_term_first": key_term_first and has_bias}
+    assert_gradients_within_budget(inputs(device, I=I, J=J, D=D, **given))
+    assert_taken()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_are_summed_over_programs(device, monkeypatch, dtype):
+    """Whatever the number of multiprocessors, of which a program each takes some rows, the last one fewer."""
+    x = inputs(device, B=2, R=11, I=20, J=12, dtype=dtype, key_term="mask")
+    for rows in (1, 4, 11):
+        monkeypatch.setattr(whole, "rows_of_a_program", lambda *_, rows=rows: rows)
+        backward._plans.clear()
+        assert_gradients_within_budget(x)
+        assert_taken()
+
+
+def test_without_dbias_the_same_gradients(device):
+    x = inputs(device, I=40, J=40)
+    *others, dbias = gradients(x, needs_dbias=False)
+    assert dbias.shape == (0,)
+    for got, want in zip(others, gradients(x), strict=False):
+        assert torch.equal(got, want)
+    assert_taken()
+
+
+def test_two_runs_agree_to_the_bit(device):
+    x = inputs(device, R=9, I=100, J=100, key_term="additive")
+    for first, second in zip(gradients(x), gradients(x), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_what_it_does_not_serve(device, monkeypatch):
+    x = inputs(device)
+    assert refusal(x) is None
+    assert refusal(inputs(device, I=64, J=2)) is None
+    assert "longer than 128" in refusal(inputs(device, I=2, J=129))
+    assert "mostly padding" in refusal(inputs(device, I=96, J=96))
+    assert "16-bit" in refusal(x.to(torch.float32))
+    assert "one dtype" in refusal(replace(x, bias=x.bias.float()))
+    assert "one dtype" in refusal(replace(x, grad_out=x.grad_out.float()))
+    assert "D=64" in refusal(inputs(device, D=64))
+    far = torch.empty_strided(x.k.shape, (0, 0, 2**24, 16, 1), dtype=x.k.dtype, device="meta")
+    assert "32 bits" in refusal(replace(x, k=far))
+    monkeypatch.setattr(whole, "cuda_arch", lambda: 80)
+    monkeypatch.setattr(whole.triton.knobs.runtime, "interpret", False)
+    assert "Hopper" in refusal(x)
+
+
+@pytest.mark.parametrize(
+    ("R", "heads", "at_once", "rows"),
+    [(128, 4, 132, 4), (128, 32, 132, 32), (64, 4, 264, 2), (1, 1, 132, 1), (3, 500, 132, 3)],
+)
+def test_programs_end_together(R, heads, at_once, rows):
+    """H200, N=128: a wave of programs of four rows each; few rows are not spread as thin as that would go."""
+    assert whole.rows_of_a_program(R, heads, at_once) == rows
