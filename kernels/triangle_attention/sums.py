@@ -1,4 +1,4 @@
-"""Sum of what groups of rows have left apart, in order: the same to the bit each time.
+"""Sum of what groups of rows have left apart, in an order that does not change: the same to the bit each time.
 
 By the last of the programs that leave it, where a kernel before has left zeros to count them with; else by a kernel.
 """

@@ -185,7 +185,7 @@ class _Bench:
         for name, call in (("inference", self.forward), ("training", self.step)):
             self.compiled = self._compile()
             lines = launches.generated(call)
-            parts.append(f"{name}, generated calls in order:\n\n" + "\n".join(f"    {line}" for line in lines))
+            parts.append("\n".join([f"{name}, generated calls in order:", "", "```text", *lines, "```"]))
             if self.device.type == "cuda":
                 columns = ("kernel", "launches", "ms")
                 cells = [[key[:100].replace("|", "/"), str(n), f"{ms:.4f}"] for key, n, ms in launches.profiled(call)]
