@@ -35,3 +35,16 @@ def test_few_tiles_of_dbias_are_split_over_rows():
     # 16 rows to a group at least, and one group however few there are.
     assert tiling.dbias_groups(R=64, programs=1) == 4
     assert tiling.dbias_groups(R=1, programs=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("I", "BLOCK_I"),
+    [(64, 64), (96, 128), (128, 128), (129, 64), (192, 64), (193, 128), (320, 64), (448, 128), (4096, 128)],
+)
+def test_the_forward_has_no_tile_that_is_mostly_padding(I, BLOCK_I):
+    tile = tiling.choose("forward", torch.bfloat16, 32, I, 4096, "ieee")
+    assert tile.BLOCK_I == BLOCK_I
+    # On Hopper four programs of the longer ones share a multiprocessor; elsewhere a cap would spill.
+    assert getattr(tiling.capped(tile, torch.bfloat16, 32, 90), "maxnreg", None) == (128 if BLOCK_I == 128 else None)
+    assert tiling.capped(tile, torch.bfloat16, 32, 80) is tile
+    assert tiling.capped(tile, torch.bfloat16, 64, 90) is tile
