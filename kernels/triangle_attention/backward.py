@@ -5,7 +5,7 @@
 
 dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
 walks the rows. Nothing is added up across programs, but for dbias where its tiles are too few to fill a GPU: groups
-of rows are then summed apart and added in order, by the last of them or by a kernel (`sums.py`). The price: nine
+of rows are then summed apart and added up, by the last of them or by a kernel (`sums.py`). The price: nine
 products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch, or on
 Hopper one kernel that makes five (`portable/whole.py`).
 
@@ -64,10 +64,26 @@ class _Plan:
         given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
         if self.is_empty:
             return
-        if whole.refusal(grad_out, q, k, v, bias) is None:
-            self.elsewhere = whole.Plan(*given)
-        elif lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
-            self.elsewhere = lean.Plan(*given)
+        if (planned := plan_elsewhere(*given[:7], fill)) is not None:
+            self.elsewhere = planned(*given)
+
+
+def plan_elsewhere(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+    fill: float,
+) -> type[whole.Plan] | type[lean.Plan] | None:
+    """Whose kernels take such a call, which is not empty; None where those that are planned here do."""
+    if whole.refusal(grad_out, q, k, v, bias) is None:
+        return whole.Plan
+    if lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
+        return lean.Plan
+    return None
 
 
 class _Portable:

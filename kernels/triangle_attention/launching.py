@@ -103,6 +103,11 @@ def cuda_arch() -> int:
     return int(target.arch) if target.backend == "cuda" else 0
 
 
+def is_for_hopper() -> bool:
+    """Whether launches run on Hopper, or under the interpreter, which stands in for it."""
+    return bool(triton.knobs.runtime.interpret) or cuda_arch() == 90
+
+
 def are_heard() -> bool:
     """Whether anybody listens to launches by Triton's hooks."""
     knobs = triton.knobs.runtime

@@ -14,9 +14,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def offset(index, stride):
-    """index·stride, in 64 bits whatever the stride was specialised to."""
-    return index.to(tl.int64) * stride
+def offset(index, stride, WIDE: tl.constexpr = True):
+    """index·stride, in 64 bits whatever the stride was specialised to, or in 32, which take half of the registers."""
+    return index.to(tl.int64) * stride if WIDE else index * tl.cast(stride, tl.int32)
 
 
 @triton.jit
@@ -26,14 +26,27 @@ def within(index, length, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
+def load_rows(
+    ptr,
+    rows,
+    in_range,
+    stride_row,
+    stride_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr = True,
+):
     """`[rows, BLOCK_D]` of an operand with D columns, zero outside it.
 
     ALIGNED: every row starts on 16 bytes. Triton finds that out by itself from strides that are multiples of 16,
-    and heads of 8 or 24 columns lie 8 or 24 apart.
+    and heads of 8 or 24 columns lie 8 or 24 apart. WIDE: as in `offset`.
     """
     d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + offset(rows, stride_row)[:, None] + offset(d, stride_d)[None, :]
+    if WIDE:
+        ptrs = ptr + offset(rows, stride_row)[:, None] + offset(d, stride_d)[None, :]
+    else:  # added up before it meets the pointer
+        ptrs = ptr + (offset(rows, stride_row, WIDE)[:, None] + offset(d, stride_d, WIDE)[None, :])
     if ALIGNED:
         ptrs = tl.multiple_of(ptrs, (1, 16))
     if D == BLOCK_D:

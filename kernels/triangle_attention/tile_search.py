@@ -17,8 +17,6 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import backward, forward, tiling, tuning
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
-from trifast_inductor.kernels.triangle_attention.lean import launch as lean
-from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.kernels.triangle_attention.tile_store import Entry
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
@@ -97,8 +95,7 @@ def _is_portable(device: int, key: Key, length: int) -> bool:
     grad_out, q, k, v, bias, key_bias = _operands(key, length, make)
     if key.kernel == "forward":
         return hopper.refusal(q, k, v, bias, None, *_NUMBERS) is not None
-    is_lean = lean.refusal(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is None
-    return not is_lean and whole.refusal(grad_out, q, k, v, bias) is not None
+    return backward.plan_elsewhere(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is None
 
 
 _NUMBERS = (1.0, 0.0, True)  # scale, fill, and a key term that comes before the bias

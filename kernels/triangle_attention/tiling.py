@@ -160,14 +160,18 @@ def choose(
     sizes = tuning.tuned(device, kernel, dtype, precision, D, H, max(I, J), mask, bias)
     tile = heuristic(kernel, dtype, D, precision, min(I, J)) if sizes is None else Tile(**sizes)
     tile = replace(tile, BLOCK_I=_clip(tile.BLOCK_I, I), BLOCK_J=_clip(tile.BLOCK_J, J))
-    return _halved(tile, I) if kernel == "forward" and dtype != torch.float32 and D <= 32 else tile
+    return _halved(tile, I) if kernel == "forward" and _is_narrow(dtype, D) else tile
+
+
+def _is_narrow(dtype: torch.dtype, D: int) -> bool:
+    return dtype != torch.float32 and D <= 32
 
 
 def _halved(tile: Tile, I: int) -> Tile:
     """Half as many queries for four warps where the last tile would be mostly padding, also of a tile that was tuned.
 
-    For that was measured at the longest sequence of its bucket.
-    One H200, with a key mask: N=160 0.025 ms in tiles of 64 for 0.034, 192 0.034 for 0.048; but 224 0.058 for 0.054.
+    That was measured at the longest sequence of its bucket. One H200, with a key mask: N=160 0.025 ms in tiles of 64
+    for 0.034, 192 0.034 for 0.048; but 224 0.058 for 0.054.
     """
     spared = -(-I // 64) * 64 <= 0.85 * (-(-I // 128) * 128)
     return replace(tile, BLOCK_I=64) if spared and (tile.BLOCK_I, tile.num_warps) == (128, 4) else tile
@@ -179,15 +183,15 @@ def capped(tile: Tile, dtype: torch.dtype, D: int, arch: int) -> Tile:
     Nothing spills there, as it would on sm_80. One H200, with a key mask: N=128 with 32 heads 0.078 ms for 0.087, 224
     0.054 for 0.066.
     """
-    fits = arch == 90 and dtype != torch.float32 and D <= 32
-    if fits and (tile.BLOCK_I, tile.BLOCK_J, tile.num_warps) == (128, 32, 4):
+    is_that = (tile.BLOCK_I, tile.BLOCK_J, tile.num_warps) == (128, 32, 4)
+    if arch == 90 and _is_narrow(dtype, D) and is_that:
         return CappedTile(**vars(tile), maxnreg=128)
     return tile
 
 
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
     """The shipped tile for axes of this length, if they are not shorter than it; the kernel as in `tuning.KERNELS`."""
-    if dtype != torch.float32 and D <= 32:
+    if _is_narrow(dtype, D):
         if kernel in _LONG and length >= _LONG[kernel][0]:
             return _LONG[kernel][1]
         if kernel in _SHORT and _SHORT[kernel][0] <= length <= _SHORT[kernel][1]:
@@ -205,6 +209,23 @@ def dbias_groups(R: int, programs: int, beside_others: bool = False) -> int:
     """
     shortest = (8 if beside_others else 16) if programs < 64 else 40
     return max(1, min(R // shortest, -(-(256 if beside_others else 1536) // programs)))
+
+
+def rows_of_a_group(R: int, programs: int, at_once: int, extra: int, part: float, most: int) -> int:
+    """Rows of a group, of which each takes so many programs, such that their last wave is not a short one.
+
+    Counted in the time of a row: `extra` is what a program takes besides its rows, `part` what it takes to add up one
+    group more.
+
+    Args:
+        at_once: programs that run at a time.
+        most: groups there may be.
+    """
+
+    def cost(groups: int) -> float:
+        return -(-programs * groups // at_once) * (-(-R // groups) + extra) + groups * part
+
+    return -(-R // min(range(1, min(R, most) + 1), key=cost))
 
 
 def _clip(block: int, length: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import tile_search, tuning
+from trifast_inductor.kernels.triangle_attention import launching, tile_search, tuning
 from trifast_inductor.kernels.triangle_attention.tile_search import Outcome, search
 from trifast_inductor.kernels.triangle_attention.tuning import Key, Sizes
 
@@ -140,8 +140,7 @@ def test_on_hopper_some_kernels_serve_no_launch(monkeypatch, kernel, dtype, D, l
     hopper = tile_search.hopper
     monkeypatch.setattr(hopper, "is_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "gluon_refusal", lambda: None)
-    monkeypatch.setattr(tile_search.lean, "_is_hopper", lambda: True)
-    monkeypatch.setattr(tile_search.whole, "cuda_arch", lambda: 90)
+    monkeypatch.setattr(launching, "cuda_arch", lambda: 90)
     operands = tile_search._operands
     monkeypatch.setattr(tile_search, "_operands", lambda key, N, make: operands(key, N, of_cuda))
     assert tile_search.serves(0, Key(kernel, dtype, "ieee", D, 4, length, True, True)) == expected

@@ -9,7 +9,7 @@ from trifast_inductor.testing import KEY_TERMS, random_inputs
 
 pytest.importorskip("triton")
 from tests.kernels.test_backward import assert_gradients_within_budget, gradients
-from trifast_inductor.kernels.triangle_attention import backward
+from trifast_inductor.kernels.triangle_attention import backward, launching
 from trifast_inductor.kernels.triangle_attention.portable import whole
 
 
@@ -85,7 +85,7 @@ def test_what_it_does_not_serve(device, monkeypatch):
     assert "D=64" in refusal(inputs(device, D=64))
     far = torch.empty_strided(x.k.shape, (0, 0, 2**24, 16, 1), dtype=x.k.dtype, device="meta")
     assert "32 bits" in refusal(replace(x, k=far))
-    monkeypatch.setattr(whole, "cuda_arch", lambda: 80)
+    monkeypatch.setattr(launching, "cuda_arch", lambda: 80)
     monkeypatch.setattr(whole.triton.knobs.runtime, "interpret", False)
     assert "Hopper" in refusal(x)
 

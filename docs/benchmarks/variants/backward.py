@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
@@ -99,7 +99,7 @@ def flex(x: Inputs) -> Tensor:
     return flex_attention(q, k, v, score_mod=score_mod).transpose(1, 2)[None]
 
 
-def backward_of(name: str, x: Inputs) -> Run:
+def backward_of(name: str, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """One whole backward; the lean kernels at any size."""
     if name in OURS:
         from trifast_inductor.kernels.triangle_attention import backward, forward
@@ -161,10 +161,15 @@ def by_kernel(run: Run) -> str:
 
 def difference(x: Inputs) -> str:
     """How far each gradient of the two lies apart, beside its own norm."""
-    pairs = zip(backward_of("package", x)(), backward_of("present", x)(), strict=True)
-    apart = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
-    wrong = "" if all(far < 0.02 for far in apart) else " WRONG"  # two roundings to bfloat16 and then some
-    return " ".join(f"{name} {far:.4f}" for name, far in zip(("dq", "dk", "dv", "dbias"), apart, strict=True)) + wrong
+    return apart(backward_of("package", x)(), backward_of("present", x)())
+
+
+def apart(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> str:
+    """How far each gradient lies from the expected one, beside the norm of that."""
+    pairs = zip(actual, expected, strict=True)
+    far = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
+    wrong = "" if all(x < 0.02 for x in far) else " WRONG"  # two roundings to bfloat16 and then some
+    return " ".join(f"{name} {x:.4f}" for name, x in zip(("dq", "dk", "dv", "dbias"), far, strict=True)) + wrong
 
 
 def compile_parts(name: str) -> list[list[Setting]]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import torch
 import triton
 import triton.language as tl
+from backward import apart, replayed_ms  # of this directory
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -117,8 +118,7 @@ def by_maps(x: Inputs, saved: tuple[Tensor, ...], stages: int = 3) -> tuple[Tens
     J = x.k.shape[2]
     tile = whole.tile_for(max(I, J))
     N = tile.BLOCK_I
-    at_once = whole.processors(x.q) * (1 if N == 128 else 2)
-    rows = whole.rows_of_a_program(R, B * H, at_once)
+    rows = whole.rows_of_a_program(R, B * H, whole.programs_at_once(tile, x.q.get_device()))
     groups = triton.cdiv(R, rows)
 
     def described(t: Tensor) -> TensorDescriptor:
@@ -144,9 +144,7 @@ def by_maps(x: Inputs, saved: tuple[Tensor, ...], stages: int = 3) -> tuple[Tens
 def compared(x: Inputs) -> str:
     saved = forward.portable(*x.op)
     expected = backward.launch(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)
-    pairs = zip(by_maps(x, saved), expected, strict=True)
-    apart = [((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs]
-    return " ".join(f"{name} {far:.4f}" for name, far in zip(("dq", "dk", "dv", "dbias"), apart, strict=True))
+    return apart(by_maps(x, saved), expected)
 
 
 def main() -> None:
@@ -154,8 +152,6 @@ def main() -> None:
     parser.add_argument("--n", default="128,112,64")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    from backward import replayed_ms  # of this directory
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if arguments.check else torch.bfloat16
     for N in map(int, arguments.n.split(",")):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
+from trifast_inductor.kernels.triangle_attention import tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 TILE = 128  # queries, and keys, of a program
@@ -48,13 +49,7 @@ def rows_of_a_part(R: int, tiles: int, processors: int) -> int:
     Counted in rows of a tile, about 0.7 µs each on an H200: a program takes 8 more to begin and to end, and a part is
     written and read again, 128 KiB a tile.
     """
-
-    def cost(groups: int) -> float:
-        waves = triton.cdiv(tiles * groups, processors)
-        return float(waves * (triton.cdiv(R, groups) + 8) + groups * tiles / 16)
-
-    best = min(range(1, min(R, 64) + 1), key=cost)
-    return int(triton.cdiv(R, best))
+    return tiling.rows_of_a_group(R, tiles, processors, extra=8, part=tiles / 16, most=64)
 
 
 def refusal(

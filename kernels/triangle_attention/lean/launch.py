@@ -12,7 +12,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory, sums,
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
-from trifast_inductor.kernels.triangle_attention.launching import Launch, cuda_arch
+from trifast_inductor.kernels.triangle_attention.launching import Launch, is_for_hopper
 from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys, marked
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
@@ -55,13 +55,9 @@ def refusal(
         why = "rows do not start on 16 bytes"
     elif max(abs(t.stride(2)) for t in (q, k, v, grad_out)) >= 2**24 or max(H * D, J) >= 2**24:
         why = "an offset within a tile would pass 32 bits"
-    elif not _is_hopper():
+    elif not is_for_hopper():
         why = "no Hopper GPU"
     return why
-
-
-def _is_hopper() -> bool:
-    return bool(triton.knobs.runtime.interpret) or cuda_arch() == 90
 
 
 def _planned_dbias(*given: Any) -> Callable[..., Tensor]:

@@ -15,14 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments, memory, sums
+from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper.choice import multiprocessors
-from trifast_inductor.kernels.triangle_attention.launching import Launch, cuda_arch
+from trifast_inductor.kernels.triangle_attention.launching import Launch, is_for_hopper
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     load_key_term,
+    load_rows,
     logits_tile,
+    offset,
     probabilities,
     store_rows,
     within,
@@ -33,20 +35,6 @@ from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 LONGEST = 128  # queries and keys: beyond, dbias does not fit the registers of a multiprocessor
 MOST_PADDED = 1.75  # elements of the longest tile over those of a row: at N=96, where it is 1.78, others are as fast
-
-
-@triton.jit
-def _load(ptr, rows, in_range, stride_row, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr):
-    """`load_rows`, in offsets of 32 bits, which take half of the registers."""
-    d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + ((rows * tl.cast(stride_row, tl.int32))[:, None] + (d * tl.cast(stride_d, tl.int32))[None, :])
-    if ALIGNED:
-        ptrs = tl.multiple_of(ptrs, (1, 16))
-    if D == BLOCK_D:
-        tile = tl.load(ptrs, mask=in_range[:, None], other=0.0)
-    else:
-        tile = tl.load(ptrs, mask=in_range[:, None] & (d < D)[None, :], other=0.0)
-    return tile
 
 
 @triton.jit
@@ -132,9 +120,8 @@ def _triangle_attention_bwd_whole(
     if HAS_BIAS:
         bias_ptr += b * stride_bias_b + h * stride_bias_h
         # Past the end the last query's once more, which spares a mask for each element.
-        bias_offsets = (tl.minimum(i, I - 1) * tl.cast(stride_bias_i, tl.int32))[:, None] + (
-            j * tl.cast(stride_bias_j, tl.int32)
-        )[None, :]
+        bias_i, bias_j = offset(tl.minimum(i, I - 1), stride_bias_i, WIDE=False), offset(j, stride_bias_j, WIDE=False)
+        bias_offsets = bias_i[:, None] + bias_j[None, :]
         bias_in_range = within(j, J_bias, EVEN_J)[None, :]
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + first_row * stride_key_r
@@ -147,8 +134,8 @@ def _triangle_attention_bwd_whole(
 
     dbias = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for _ in range(tl.minimum(rows, R - group * rows)):
-        q = _load(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED)
-        k = _load(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED)
+        q = load_rows(q_ptr, i, i_in_range, stride_qi, stride_qd, D, BLOCK_D, ALIGNED, WIDE=False)
+        k = load_rows(k_ptr, j, j_in_range, stride_kj, stride_kd, D, BLOCK_D, ALIGNED, WIDE=False)
         qk = dot(q, tl.trans(k), None, PRECISION)  # [BLOCK_I, BLOCK_J]
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         bias = 0.0
@@ -156,7 +143,7 @@ def _triangle_attention_bwd_whole(
             # Again for each row: a copy ahead takes no registers meanwhile.
             bias = tl.load(bias_ptr + bias_offsets, mask=bias_in_range, other=0.0)
         x = logits_tile(qk, bias, key[None, :], None, scale, fill, HAS_BIAS, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
-        do = _load(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+        do = load_rows(do_ptr, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED, WIDE=False)
         row_max, log2_sum, delta = query_terms(
             out_ptr + of_queries,
             row_max_ptr,
@@ -173,7 +160,7 @@ def _triangle_attention_bwd_whole(
         )
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
         dv = dot(tl.trans(p.to(do.dtype)), do, None, PRECISION)
-        v = _load(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+        v = load_rows(v_ptr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED, WIDE=False)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         if not EVEN_J:
@@ -228,15 +215,9 @@ def refusal(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
         steps += [bias.stride(2), bias.stride(3)]
     if max(map(abs, steps)) >= 2**24:
         return "an offset within a tile would pass 32 bits"
-    if not (triton.knobs.runtime.interpret or cuda_arch() == 90):
+    if not is_for_hopper():
         return "no Hopper GPU"
     return None
-
-
-def processors(t: Tensor) -> int:
-    """Multiprocessors of its device; those of an H200 where there is none to ask."""
-    device = t.get_device()
-    return multiprocessors(device) if device >= 0 else 132
 
 
 def tile_for(longest: int) -> Tile:
@@ -245,17 +226,18 @@ def tile_for(longest: int) -> Tile:
     return Tile(BLOCK, BLOCK, num_warps=max(4, BLOCK // 16), num_stages=3)
 
 
+def programs_at_once(tile: Tile, device: int) -> int:
+    """Of one GPU; of an H200 where there is none to ask."""
+    return (multiprocessors(device) if device >= 0 else 132) * (1 if tile.BLOCK_I == 128 else 2)
+
+
 def rows_of_a_program(R: int, heads: int, at_once: int) -> int:
-    """Such that the programs, of which so many run at once, end together.
+    """Such that the programs end together.
 
     Counted in rows: a program takes about two more to begin and to leave its dbias, of which sixteen are added up in
     the time of one.
     """
-
-    def cost(groups: int) -> float:
-        return float(triton.cdiv(heads * groups, at_once) * (triton.cdiv(R, groups) + 2) + groups / 16)
-
-    return int(triton.cdiv(R, min(range(1, min(R, at_once) + 1), key=cost)))
+    return tiling.rows_of_a_group(R, heads, at_once, extra=2, part=1 / 16, most=at_once)
 
 
 class Plan:
@@ -279,8 +261,7 @@ class Plan:
         J = k.shape[2]
         needs_dbias = needs_dbias and bias is not None
         tile = tile_for(max(I, J))
-        at_once = processors(q) * (1 if tile.BLOCK_I == 128 else 2)
-        rows = rows_of_a_program(R, B * H, at_once)
+        rows = rows_of_a_program(R, B * H, programs_at_once(tile, q.get_device()))
         groups = triton.cdiv(R, rows)
         self._aligned = AlignedRows(bias)
         given = {
