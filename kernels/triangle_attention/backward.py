@@ -6,14 +6,16 @@
 dq walks the keys and leaves δ for the others; dk and dv walk the queries; dbias owns a tile of `[i, j]` and
 walks the rows. Nothing is added up across programs, but for dbias where its tiles are too few to fill a GPU: groups
 of rows are then summed apart and added up, by the last of them or by a kernel (`sums.py`). The price: nine
-products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch, or on
-Hopper one kernel that makes five (`portable/whole.py`).
+products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch.
+
+On Hopper one kernel makes five where dbias fits the registers: `portable/whole.py`, up to 64 queries and keys, and
+`hopper/whole.py`, up to 192. `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says
+which.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
-
-On Hopper `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says which.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
+from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
 from trifast_inductor.kernels.triangle_attention.launching import Launch, on_device_of
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.plans import Plans, signature
@@ -58,7 +62,7 @@ class _Plan:
         self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
         self.dbias_dtype = q.dtype if bias is None else bias.dtype
         self.is_empty = 0 in (*q.shape[:4], k.shape[2])
-        self.elsewhere: lean.Plan | whole.Plan | None = None
+        self.elsewhere: Callable[..., tuple[Tensor, ...] | None] | None = None
         self.portable: _Portable | None = None  # once it is asked for
         self.recorder = Recorder()
         given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
@@ -77,13 +81,21 @@ def plan_elsewhere(
     key_bias: Tensor | None,
     key_mask: Tensor | None,
     fill: float,
-) -> type[whole.Plan] | type[lean.Plan] | None:
-    """Whose kernels take such a call, which is not empty; None where those that are planned here do."""
+) -> Callable[..., Callable[..., tuple[Tensor, ...] | None] | None] | None:
+    """What plans such a call, which is not empty, for other kernels; None where those that are planned here take it."""
     if whole.refusal(grad_out, q, k, v, bias) is None:
         return whole.Plan
+    if whole_choice.refusal(grad_out, q, k, v, bias, key_bias, key_mask) is None:
+        return _planned_on_hopper
     if lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
         return lean.Plan
     return None
+
+
+def _planned_on_hopper(*given: Any) -> Callable[..., tuple[Tensor, ...] | None] | None:
+    from trifast_inductor.kernels.triangle_attention.hopper import whole
+
+    return hopper.attempt(whole.Plan, *given)
 
 
 class _Portable:
@@ -217,13 +229,15 @@ def launch(
 def _launch(
     plan: _Plan, *given: Any, out: Tensor, row_max: Tensor, row_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if plan.elsewhere is None:
-        return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
-    grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
-    with on_device_of(q):
-        return plan.elsewhere(
-            grad_out, q, k, v, bias, key_bias if key_mask is None else key_mask, out, row_max, row_sum
-        )
+    if plan.elsewhere is not None:
+        grad_out, q, k, v, bias, key_bias, key_mask, *_ = given
+        key = key_bias if key_mask is None else key_mask
+        with on_device_of(q):
+            gradients = plan.elsewhere(grad_out, q, k, v, bias, key, out, row_max, row_sum)
+        if gradients is not None:
+            dq, dk, dv, dbias = gradients
+            return dq, dk, dv, dbias
+    return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
 
 
 def portable(

@@ -11,6 +11,7 @@ from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
+SIDE = tl.constexpr(64)  # of the tiles that `hopper/whole.py` leaves
 # Of eight groups at a time, so that their loads are under way together, and of few elements, for many programs.
 _TILE = Tile(BLOCK_I=8, BLOCK_J=256, num_warps=4, num_stages=1)
 
@@ -62,3 +63,43 @@ def sum_of(count: int, groups: int) -> Launch:
     """Takes the parts `[groups, count]` and where their sum goes."""
     blocks = triton.cdiv(count, _TILE.BLOCK_J)
     return Launch(_triangle_attention_bwd_sum, blocks, {"count": count, "groups": groups}, _TILE)
+
+
+@triton.jit
+def _triangle_attention_bwd_sum_of_tiles(
+    parts_ptr,  # [groups, heads, tiles along j, tiles along i, 64, 64] contiguous, float32
+    sum_ptr,  # [heads, I, J] contiguous
+    heads,
+    groups,
+    I,
+    J,
+    tiles_i,
+    tiles_j,
+    BLOCK_I: tl.constexpr,  # groups at a time
+    BLOCK_J: tl.constexpr,  # numbers of a tile
+    PDL: tl.constexpr,
+):
+    after_the_kernel_before(PDL)
+    PARTS: tl.constexpr = SIDE * SIDE // BLOCK_J
+    tile = tl.program_id(0) // PARTS
+    element = tl.program_id(0) % PARTS * BLOCK_J + tl.arange(0, BLOCK_J)
+    group = tl.arange(0, BLOCK_I)
+    step = tl.cast(heads * tiles_i * tiles_j, tl.int64) * (SIDE * SIDE)
+    ptrs = parts_ptr + tile.to(tl.int64) * (SIDE * SIDE) + group[:, None] * step + element[None, :]
+    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for first in range(0, groups, BLOCK_I):
+        total += tl.load(ptrs, mask=(group < groups - first)[:, None], other=0.0)
+        ptrs += BLOCK_I * step
+    total = tl.sum(total, 0)
+    i = tile % tiles_i * SIDE + element // SIDE
+    j = tile // tiles_i % tiles_j * SIDE + element % SIDE
+    head = (tile // (tiles_i * tiles_j)).to(tl.int64)
+    tl.store(sum_ptr + (head * I + i) * J + j, total.to(sum_ptr.dtype.element_ty), mask=(i < I) & (j < J))
+
+
+def sum_of_tiles(heads: int, I: int, J: int, groups: int) -> Launch:
+    """As `sum_of`, of parts that lie tile by tile: `[groups, heads, tiles along j, tiles along i, 64, 64]`."""
+    tiles_i, tiles_j = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
+    given = {"heads": heads, "groups": groups, "I": I, "J": J, "tiles_i": tiles_i, "tiles_j": tiles_j}
+    programs = heads * tiles_i * tiles_j * (SIDE.value**2 // _TILE.BLOCK_J)
+    return Launch(_triangle_attention_bwd_sum_of_tiles, programs, given, _TILE)

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from trifast_inductor.kernels.triangle_attention import op, tuning
-from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice
+from trifast_inductor.kernels.triangle_attention import backward, op, tuning
+from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice, whole_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.options import integers
@@ -43,6 +43,11 @@ def cases() -> list[Callable[[], None]]:
         )
     ]
     if torch.cuda.get_device_capability() == (9, 0):
+        lengths = ((33, 40, 32), (100, 70, 16), (128, 192, 32), (140, 150, 16))
+        found += [
+            partial(_launch_in_one_pass, dtype, *sizes, key_term)
+            for dtype, sizes, key_term in itertools.product((torch.bfloat16, torch.float16), lengths, KEY_TERMS)
+        ]
         found += [
             partial(_launch_on_hopper, dtype, 130 + n % 3, 200 + n % 2, D, key_term)
             for n, (dtype, D, key_term) in enumerate(
@@ -50,6 +55,13 @@ def cases() -> list[Callable[[], None]]:
             )
         ]
     return found
+
+
+def _launch_in_one_pass(*case: Any) -> None:
+    backward._plans.clear()
+    _launch(*case)
+    if all(plan.elsewhere is None for plan in backward._plans.values()):
+        raise RuntimeError(f"other kernels served {case}")
 
 
 def _launch_on_hopper(*case: Any) -> None:
@@ -82,7 +94,7 @@ def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options:
 
 def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
-    whole.LONGEST = 0
+    whole.LONGEST = whole_choice.LONGEST = 0
     lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
     choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._FEWEST_LOGITS = 1
     dbias_choice._MOST_PADDED = float("inf")

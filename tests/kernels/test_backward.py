@@ -18,6 +18,7 @@ from trifast_inductor.testing import (
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import backward, forward
+from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
 from trifast_inductor.kernels.triangle_attention.portable import whole
 
 NAMES = ("dq", "dk", "dv", "dbias")
@@ -119,6 +120,7 @@ def test_two_runs_agree_to_the_bit(device):
 def portable_only(monkeypatch):
     """As where there is no Hopper GPU, for short sequences."""
     monkeypatch.setattr(whole, "LONGEST", 0)
+    monkeypatch.setattr(whole_choice, "LONGEST", 0)
     backward._plans.clear()
     yield
     backward._plans.clear()

@@ -14,6 +14,7 @@ from tests.kernels.conftest import LAYOUTS, Case
 from tests.kernels.covering import covering_array
 from tests.kernels.test_backward import NAMES, assert_gradients_within_budget, gradients
 from trifast_inductor.kernels.triangle_attention import backward, forward
+from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.portable import whole
 
@@ -21,6 +22,7 @@ from trifast_inductor.kernels.triangle_attention.portable import whole
 def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that other kernels would get otherwise go to the lean ones, too."""
     monkeypatch.setattr(whole, "LONGEST", 0)
+    monkeypatch.setattr(whole_choice, "LONGEST", 0)
     for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
         monkeypatch.setattr(lean, name, 1)
 

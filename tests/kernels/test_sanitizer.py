@@ -28,7 +28,8 @@ def test_on_hopper_its_kernels_are_launched_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     both = sanitizer.cases()
     assert {case.func for case in portable} == {sanitizer._launch}
-    assert {case.func for case in both[len(portable) :]} == {sanitizer._launch_on_hopper}
+    of_hopper = {sanitizer._launch_in_one_pass, sanitizer._launch_on_hopper}
+    assert {case.func for case in both[len(portable) :]} == of_hopper
     assert all({case.args[4] for case in some} == set(KEY_TERMS) for some in (portable, both[len(portable) :]))
 
 

@@ -39,7 +39,7 @@ def assert_taken():
 @pytest.mark.parametrize("key_term", KEY_TERMS)
 @pytest.mark.parametrize(
     ("I", "J", "D", "has_bias"),
-    [(1, 5, 8, True), (32, 32, 32, False), (33, 17, 24, True), (64, 64, 16, True), (97, 128, 32, True)],
+    [(1, 5, 8, True), (32, 32, 32, False), (33, 17, 24, True), (64, 64, 16, True), (57, 64, 32, True)],
 )
 def test_agrees_with_reference(device, I, J, D, has_bias, key_term, key_term_first):
     given = {"has_bias": has_bias, "key_term": key_term, "key_term_first": key_term_first and has_bias}
@@ -68,7 +68,7 @@ def test_without_dbias_the_same_gradients(device):
 
 
 def test_two_runs_agree_to_the_bit(device):
-    x = inputs(device, R=9, I=100, J=100, key_term="additive")
+    x = inputs(device, R=9, I=50, J=60, key_term="additive")
     for first, second in zip(gradients(x), gradients(x), strict=True):
         assert torch.equal(first, second)
 
@@ -77,8 +77,7 @@ def test_what_it_does_not_serve(device, monkeypatch):
     x = inputs(device)
     assert refusal(x) is None
     assert refusal(inputs(device, I=64, J=2)) is None
-    assert "longer than 128" in refusal(inputs(device, I=2, J=129))
-    assert "mostly padding" in refusal(inputs(device, I=96, J=96))
+    assert "longer than 64" in refusal(inputs(device, I=2, J=65))
     assert "16-bit" in refusal(x.to(torch.float32))
     assert "one dtype" in refusal(replace(x, bias=x.bias.float()))
     assert "one dtype" in refusal(replace(x, grad_out=x.grad_out.float()))
@@ -92,8 +91,8 @@ def test_what_it_does_not_serve(device, monkeypatch):
 
 @pytest.mark.parametrize(
     ("R", "heads", "at_once", "rows"),
-    [(128, 4, 132, 4), (128, 32, 132, 32), (64, 4, 264, 2), (1, 1, 132, 1), (3, 500, 132, 3)],
+    [(64, 4, 264, 2), (64, 32, 264, 8), (32, 4, 264, 2), (1, 1, 264, 1), (3, 500, 264, 3)],
 )
 def test_programs_end_together(R, heads, at_once, rows):
-    """H200, N=128: a wave of programs of four rows each; few rows are not spread as thin as that would go."""
+    """H200: a wave of programs, of two rows each at N=64 with four heads."""
     assert whole.rows_of_a_program(R, heads, at_once) == rows

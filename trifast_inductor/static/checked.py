@@ -11,8 +11,8 @@ REGISTERS_TOLERANCE = 8
 SHARED_TOLERANCE_KIB = 1.0
 
 # The lean ones are capped so that three or four programs fit a multiprocessor: dbias 0.383 ms, without the cap 0.486
-# (H200, N=512, D=32); what is spilled is what their second loops read, once a program. The other one keeps dbias of all
-# keys by all queries in the registers of one program a multiprocessor, and spills for it: an instruction in twenty.
+# (H200, N=512, D=32); what is spilled is what their second loops read, once a program. The other one spills two numbers
+# without a bias, once a program too.
 SPILLING = frozenset(
     {*(f"triangle_attention_bwd_{name}_lean" for name in ("dq", "dkdv", "dbias")), "triangle_attention_bwd_whole"}
 )

@@ -112,6 +112,25 @@ def gradient_refusal(grad_out: Tensor, q: Tensor) -> str | None:
     return None
 
 
+def operand_refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+    """Why no kernel in Gluon can read these, or None; of a bias no more than its dtype."""
+    if q.device.type != "cuda" or not is_hopper(q.device.index):
+        return "the device is no Hopper"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Gluon has no interpreter"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{q.dtype} is not a 16-bit float"
+    if q.shape[-1] not in _HEADS:
+        return f"D={q.shape[-1]} is not in {_HEADS}"
+    if bias is None:
+        return "there is no bias"
+    if bias.dtype != q.dtype:
+        return f"a bias of {bias.dtype} would be rounded to {q.dtype}"
+    if not all(map(copied_by_engine, (q, k, v))):
+        return "q, k or v has rows that are not dense or not on 16 bytes"
+    return None
+
+
 def refusal(
     q: Tensor,
     k: Tensor,
@@ -124,28 +143,16 @@ def refusal(
     shortest: int = _SHORTEST,
 ) -> str | None:
     """Why only the portable kernel serves this call, or None where the Hopper one can; `shortest` of its keys."""
-    if q.device.type != "cuda" or not is_hopper(q.device.index):
-        return "the device is no Hopper"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "Gluon has no interpreter"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{q.dtype} is not a 16-bit float"
-    if q.shape[-1] not in _HEADS:
-        return f"D={q.shape[-1]} is not in {_HEADS}"
+    if (why := operand_refusal(q, k, v, bias)) is not None:
+        return why
     B, R, I, H, _ = q.shape
     if k.shape[2] < shortest:
         return f"{k.shape[2]} keys are fewer than {shortest}"
     items = B * R * H * -(-I // 128)
     if items < _FEWEST_ITEMS:
         return f"{items} blocks of queries are fewer than {_FEWEST_ITEMS}"
-    if bias is None:
-        return "there is no bias"
-    if bias.dtype != q.dtype:
-        return f"a bias of {bias.dtype} would be rounded to {q.dtype}"
     if not scale > 1e-6:
         return "the bias is divided by the scale, which is not positive"
     if key_mask is not None and fill > (-1e30 if key_term_first else -1e4):
         return f"a fill of {fill} may leave a masked key some probability"
-    if not all(map(copied_by_engine, (q, k, v))):
-        return "q, k or v has rows that are not dense or not on 16 bytes"
     return gluon_refusal()

@@ -6,7 +6,7 @@
 A program owns some rows r of one head. All queries by all keys of a row are one tile `[i, j]`, so nothing is computed
 twice: p and ds go through shared memory for dv and dk, ds is dq's left operand as it comes, and dbias stays in
 registers over the rows. It is summed over the programs of a head afterwards (`sums.py`). Taken on Hopper, where it was
-measured.
+measured; longer sequences are for `hopper/whole.py`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -33,8 +33,7 @@ from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_b
 from trifast_inductor.kernels.triangle_attention.portable.operands import query_terms
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-LONGEST = 128  # queries and keys: beyond, dbias does not fit the registers of a multiprocessor
-MOST_PADDED = 1.75  # elements of the longest tile over those of a row: at N=96, where it is 1.78, others are as fast
+LONGEST = 64  # queries and keys: at 128, where dbias just fits, one in twenty instructions is for what is spilled
 
 
 @triton.jit
@@ -202,8 +201,6 @@ def refusal(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
     I, J = q.shape[2], k.shape[2]
     if max(I, J) > LONGEST:
         return f"{I} queries by {J} keys are longer than {LONGEST}"
-    if max(I, J) > LONGEST // 2 and LONGEST**2 > MOST_PADDED * I * J:
-        return f"a tile of {LONGEST} by {LONGEST} is mostly padding for {I} queries by {J} keys"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{q.dtype} is not a 16-bit float"
     if grad_out.dtype != q.dtype or (bias is not None and bias.dtype != q.dtype):
@@ -221,14 +218,14 @@ def refusal(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
 
 
 def tile_for(longest: int) -> Tile:
-    """All queries by all keys. On sm_90 (triton 3.6) 128 takes 255 registers and spills 80 times, 64 takes as many."""
-    BLOCK = 32 if longest <= 32 else 64 if longest <= 64 else 128
-    return Tile(BLOCK, BLOCK, num_warps=max(4, BLOCK // 16), num_stages=3)
+    """All queries by all keys. 64 takes 255 registers on sm_90 (triton 3.6)."""
+    BLOCK = 32 if longest <= 32 else 64
+    return Tile(BLOCK, BLOCK, num_warps=4, num_stages=3)
 
 
-def programs_at_once(tile: Tile, device: int) -> int:
-    """Of one GPU; of an H200 where there is none to ask."""
-    return (multiprocessors(device) if device >= 0 else 132) * (1 if tile.BLOCK_I == 128 else 2)
+def programs_at_once(device: int) -> int:
+    """Of one GPU, two to a multiprocessor; of an H200 where there is none to ask."""
+    return 2 * (multiprocessors(device) if device >= 0 else 132)
 
 
 def rows_of_a_program(R: int, heads: int, at_once: int) -> int:
@@ -261,7 +258,7 @@ class Plan:
         J = k.shape[2]
         needs_dbias = needs_dbias and bias is not None
         tile = tile_for(max(I, J))
-        rows = rows_of_a_program(R, B * H, programs_at_once(tile, q.get_device()))
+        rows = rows_of_a_program(R, B * H, programs_at_once(q.get_device()))
         groups = triton.cdiv(R, rows)
         self._aligned = AlignedRows(bias)
         given = {

@@ -1,0 +1,203 @@
+"""All gradients in one pass on Hopper against the definition; what it compiles to is looked at without a GPU."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs
+
+pytest.importorskip("triton")
+from trifast_inductor.kernels.triangle_attention.hopper import choice, whole_choice
+
+if choice.gluon_refusal() is not None:
+    pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from tests.kernels.test_backward import assert_gradients_within_budget, gradients
+from tests.kernels.test_hopper_choice import OnOneHopper
+from trifast_inductor.kernels.triangle_attention import backward
+from trifast_inductor.kernels.triangle_attention.hopper import whole
+
+
+@pytest.fixture
+def hopper() -> Iterator[str]:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    backward._plans.clear()
+    yield "cuda"
+    backward._plans.clear()
+
+
+def inputs(device: str = "cpu", **options: object) -> Inputs:
+    given = {"B": 2, "R": 5, "I": 100, "J": 100, "H": 2, "D": 32, "dtype": torch.bfloat16, "device": device, **options}
+    return random_inputs(**given)
+
+
+def assert_taken() -> None:
+    assert all(isinstance(plan.elsewhere, whole.Plan) for plan in backward._plans.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_term_first", [False, True])
+@pytest.mark.parametrize("key_term", KEY_TERMS)
+@pytest.mark.parametrize(("dtype", "D"), [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float16, 32)], ids=str)
+def test_agrees_with_reference(hopper, dtype, D, key_term, key_term_first):
+    for I, J in ((128, 128), (150, 187)):
+        x = inputs(hopper, I=I, J=J, D=D, dtype=dtype, key_term=key_term, key_term_first=key_term_first)
+        assert_gradients_within_budget(x)
+    assert_taken()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("I", [65, 128, 129, 192])
+@pytest.mark.parametrize("J", [1, 64, 65, 128, 130, 192])
+def test_any_length(hopper, I, J):
+    """One to three tiles of keys, two or three of queries; the last of them whole, or nearly empty."""
+    assert_gradients_within_budget(inputs(hopper, I=I, J=J, key_term="mask"))
+    assert_taken()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_term", ["additive", "mask", "-inf mask"])
+def test_rows_without_a_key(hopper, key_term):
+    x = inputs(hopper, I=140, J=130, key_term=key_term)
+    for term in (x.key_bias, x.key_mask):
+        if term is not None:
+            term[:, ::2] = True if term.dtype == torch.bool else -1e9
+    assert_gradients_within_budget(x)
+    assert_taken()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 11])
+def test_any_number_of_rows_to_a_program(hopper, monkeypatch, rows):
+    """Fewer rows than there is room for, as many, more, an odd number; the last program has fewer."""
+    monkeypatch.setattr(whole_choice, "rows_of_a_program", lambda *_: rows)
+    for N in (128, 192):
+        x = inputs(hopper, R=11, I=N, J=N, key_term="additive")
+        assert_gradients_within_budget(x)
+        assert all(map(torch.equal, gradients(x), gradients(x)))
+    assert_taken()
+
+
+@pytest.mark.gpu
+def test_strides_of_a_model(hopper):
+    """Operands that are parts of one projection, a bias whose heads lie innermost, a mask of one number."""
+    x = inputs(hopper, R=9, I=96, J=96, key_term="mask")
+    projected = torch.stack((x.q, x.k, x.v), 4)
+    q, k, v = projected.unbind(4)
+    bias = x.bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    strided = replace(x, q=q, k=k, v=v, bias=bias, key_mask=x.key_mask[:, :1, :1].expand_as(x.key_mask))
+    assert_gradients_within_budget(strided)
+    repeated = replace(x, bias=x.bias[:1].expand_as(x.bias))
+    assert_gradients_within_budget(repeated)
+
+
+@pytest.mark.gpu
+def test_without_dbias_the_same_gradients(hopper):
+    x = inputs(hopper)
+    *others, dbias = gradients(x, needs_dbias=False)
+    assert dbias.shape == (0,)
+    assert all(map(torch.equal, others, gradients(x)[:3]))
+    assert_taken()
+
+
+@pytest.mark.gpu
+def test_where_it_cannot_run_others_do(hopper, monkeypatch, caplog):
+    monkeypatch.setattr(choice, "_broken", None)
+    monkeypatch.setattr(whole.Plan, "_launch", mock.Mock(side_effect=RuntimeError("no such layout")))
+    assert_gradients_within_budget(inputs(hopper))
+    assert "no such layout" in caplog.text
+
+
+def refusal(x: Inputs) -> str | None:
+    q, k, v, bias, key_bias, key_mask, *_ = x.op
+    return whole_choice.refusal(x.grad_out, OnOneHopper(q), k, v, bias, key_bias, key_mask)
+
+
+def test_what_it_does_not_serve(monkeypatch):
+    monkeypatch.setattr(choice, "is_hopper", lambda device: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = inputs(key_term="additive")
+    assert refusal(x) is None
+    assert refusal(inputs(I=65, J=1)) is None
+    assert "64 queries by 128 keys" in refusal(inputs(I=64, J=128))
+    assert "193 queries" in refusal(inputs(I=193))
+    assert "193 keys" in refusal(inputs(J=193))
+    assert "D=24" in refusal(inputs(D=24))
+    assert "D=64" in refusal(inputs(D=64))
+    assert "no bias" in refusal(inputs(has_bias=False))
+    assert "gradient of the output is torch.float32" in refusal(replace(x, grad_out=x.grad_out.float()))
+    assert "16 bytes" in refusal(replace(x, v=x.v.transpose(3, 4).contiguous().transpose(3, 4)))
+    # A bias that is copied anyway may lie as it likes.
+    assert refusal(replace(x, bias=x.bias[:1].expand_as(x.bias))) is None
+    even = inputs(I=128, J=128)
+    assert "repeats" in refusal(replace(even, bias=even.bias[:1].expand_as(even.bias)))
+    longest = inputs(I=192, J=192, key_term="additive")
+    assert refusal(longest) is None
+    assert "no room" in refusal(replace(longest, key_bias=longest.key_bias.float()))
+    assert refusal(replace(x, key_bias=x.key_bias.float())) is None
+
+
+def test_elsewhere_it_is_not_planned():
+    x = inputs()
+    assert whole_choice.refusal(x.grad_out, *x.op[:6]) == "the device is no Hopper"
+
+
+@pytest.mark.parametrize(("R", "heads", "rows"), [(128, 4, 4), (192, 4, 6), (192, 32, 48), (1, 1, 1), (100, 4, 4)])
+def test_programs_end_together(R, heads, rows):
+    """On an H200: one wave, all programs alike."""
+    assert whole_choice.rows_of_a_program(R, heads, 132) == rows
+
+
+COMPILE = """
+import subprocess, sys, tempfile, triton
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from trifast_inductor.kernels.triangle_attention.hopper import choice, whole
+
+def desc(box):
+    return f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
+
+kernel = whole._triangle_attention_bwd_whole_hopper
+tiles, key = int(sys.argv[1]), sys.argv[2]
+constants = dict(D=32, KEY_TERM=key, KEY_TERM_FIRST=False, NEEDS_DBIAS=True, EVEN_J=False, TI=tiles, TJ=tiles)
+types = {f"{name}_desc": desc([1, 1, 64, 1, 32]) for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
+types |= {"bias_desc": desc([1, 1, 64, 64]), "key_ptr": "*bf16" if key == "add" else "*u8"}
+types |= {f"{name}_ptr": "*fp32" for name in ("row_max", "row_sum", "parts")} | {"scale": "fp32", "fill": "fp32"}
+types |= {name: "constexpr" for name in constants}
+signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
+source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+# A version that any ptxas knows; the one of a cached compile may be of another.
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "ptx_version": 86})
+print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
+with tempfile.TemporaryDirectory() as folder:
+    ptx = Path(folder, "kernel.ptx")
+    ptx.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
+    subprocess.run(command, check=True, stderr=sys.stdout)
+"""
+
+
+@pytest.mark.parametrize(("tiles", "key_term", "spilled"), [(2, "add", 100), (3, "add", 1000), (3, "select", 1000)])
+def test_products_stay_asynchronous(tiles, key_term, spilled):
+    """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(tiles), key_term],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1]) >= 0
+    assert "serialized" not in done.stdout, done.stdout
+    assert int(re.search(r"(\d+) bytes spill stores", done.stdout)[1]) <= spilled, done.stdout
