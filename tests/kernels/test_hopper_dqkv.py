@@ -109,7 +109,7 @@ def desc(kind, box, dtype):
 kernel = dqkv._triangle_attention_bwd_dqkv_hopper
 constants = dict(D=32, KEY_TERM=sys.argv[1], **vars(dqkv_choice.Shape()))
 types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32], gl.bfloat16) for name in ("q", "do", "k", "v")}
-types |= {"terms_desc": desc("bf16", [1, 1, 64, 1, 16], gl.bfloat16), "words_desc": desc("i32", [64, 32], gl.int32)}
+types |= {"terms_desc": desc("bf16", [64, 16], gl.bfloat16), "words_desc": desc("i32", [64, 32], gl.int32)}
 types |= {f"{name}_ptr": "*bf16" for name in ("key", "dq", "dk", "dv")}
 types |= {"listed_ptr": "*i32", "sums_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
 signature = {name: types.get(name, "i32") for name in kernel.arg_names}

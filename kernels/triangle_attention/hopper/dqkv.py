@@ -101,7 +101,7 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
                 bar = full.index(slot)
                 mbarrier.expect(bar, SIDE * (2 * 2 * D + 32) + BLOCKS * 2 * SIDE * SIDE)
                 queries = [b, r, tile * SIDE, h, 0]
-                async_load(terms_desc, queries, bar, terms_smem.index(slot))
+                async_load(terms_desc, [(item * tiles_i + tile) * SIDE, 0], bar, terms_smem.index(slot))
                 async_load(q_desc, queries, bar, q_smem.index(slot))
                 async_load(do_desc, queries, bar, do_smem.index(slot))
                 for n in gl.static_range(BLOCKS):
@@ -157,7 +157,7 @@ def _left_of_dp(LAYOUT: gl.constexpr):
 @gluon.jit
 def _product(left, terms, a, b, before):
     """a·bᵀ and the terms, under way, in the registers of what was before."""
-    x = warpgroup_mma(left, terms.reshape([SIDE, 16]).permute((1, 0)), before, use_acc=False, is_async=True)
+    x = warpgroup_mma(left, terms.permute((1, 0)), before, use_acc=False, is_async=True)
     return warpgroup_mma(a, b.permute((1, 0)), x, is_async=True)
 
 
@@ -327,7 +327,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     do_desc,
     k_desc,
     v_desc,
-    terms_desc,  # of `dqkv_passes`, where dq is
+    terms_desc,  # of `dqkv_passes`
     words_desc,  # of `lean/words.py`, [j, i]
     listed_ptr,  # of `lean/marked.py`: which heads are marked, and left out here
     key_ptr,
@@ -361,7 +361,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, SIDE, 1, D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [KV_STAGES * BLOCKS, 1, 1, SIDE, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [KV_STAGES * BLOCKS, 1, 1, SIDE, 1, D], v_desc.layout)
-    terms_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, SIDE, 1, 16], terms_desc.layout)
+    terms_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, SIDE, 16], terms_desc.layout)
     words_smem = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCKS, SIDE, SIDE // 2], words_desc.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES * BLOCKS, SIDE, SIDE], DS)
@@ -433,7 +433,7 @@ class Plan:
             **vars(dqkv_choice.Shape()),
         }
         boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "do", "k", "v")}
-        boxes |= {"terms_desc": (1, 1, SIDE.value, 1, 16), "words_desc": (SIDE.value, SIDE.value // 2)}
+        boxes |= {"terms_desc": (SIDE.value, 16), "words_desc": (SIDE.value, SIDE.value // 2)}
         self._run = CopyingLaunch(_triangle_attention_bwd_dqkv_hopper, programs, given, 4, boxes)
 
     def __call__(
@@ -444,17 +444,18 @@ class Plan:
         v: Tensor,
         words: Tensor,
         key: Tensor | None,
+        terms: Tensor,
         listed: Tensor,
         gradients: tuple[Tensor, Tensor, Tensor],
     ) -> bool:
-        """Writes into `gradients`, in whose dq `dqkv_passes.QueryTerms` has left its columns; True.
+        """Writes into `gradients`; True.
 
         Args:
             words: of the bias, `[j, i]`, as `lean/words.py` makes them.
+            terms: as `dqkv_passes.QueryTerms` makes them.
             listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
         sums = memory.empty(self._sums_shape, torch.float32, q)
         key = key.view(torch.uint8) if key is not None and self._key_is_mask else key
-        terms = gradients[0].view(torch.bfloat16)
         self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), listed, key, sums, *gradients)
         return True

@@ -3,9 +3,7 @@
     columns of a query     0 to 2: -L / (scale·log2(e))     3 to 5: 1     6 to 8: -δ     9 to 15: 0
 
 each number in three bfloat16, whose sum is it, to 24 bits. L and δ as `lean/operands.py` leaves them, which are left
-for the other kernels, too.
-
-They lie where dq will: 16 of its D columns, read for the last time before dq of the same queries is stored.
+for the other kernels, too. Past the end of the queries all is 0.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -14,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms, load
 from trifast_inductor.kernels.triangle_attention.logits import LOG2E
@@ -41,7 +39,7 @@ def _triangle_attention_bwd_query_terms(
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
     sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, blocks of queries] contiguous
-    columns_ptr,  # [B, R, I, H, D] contiguous; of D the first 16
+    columns_ptr,  # [B, R, H, blocks of queries, 64, 16] contiguous
     stride_dob: tl.int64,
     stride_dor: tl.int64,
     stride_doi,
@@ -85,8 +83,9 @@ def _triangle_attention_bwd_query_terms(
     shift = -logsum / (tl.cast(scale, tl.float32) * LOG2E)
     x = _in_three(tl.where(column < 3, shift[:, None], -delta[:, None]), column % 3)
     x = tl.where((column < 3) | ((column > 5) & (column < 9)), x, tl.where(column < 6, 1.0, 0.0))
-    place = ((row * I + first + i) * H + h) * D
-    tl.store(columns_ptr + place[:, None] + column, x.to(tl.bfloat16), mask=in_range[:, None])
+    x = tl.where(in_range[:, None], x, 0.0)
+    place = (((row * H + h) * blocks + block) * BLOCK_I + i) * 16
+    tl.store(columns_ptr + place[:, None] + column, x.to(tl.bfloat16), mask=(h < H)[:, None])
 
 
 class QueryTerms:
@@ -96,6 +95,7 @@ class QueryTerms:
         B, R, I, H, D = grad_out.shape
         blocks = triton.cdiv(I, 64)
         HEADS = min(4, triton.next_power_of_2(H))
+        self._shape = (B * R * H * blocks * 64, 16)
         given = {
             **arguments.strides("do", grad_out, "brihd"),
             "R": R,
@@ -110,13 +110,9 @@ class QueryTerms:
         self._make = Launch(_triangle_attention_bwd_query_terms, programs, given, _TILE)
 
     def __call__(
-        self,
-        grad_out: Tensor,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-        left: tuple[Tensor, Tensor, Tensor],
-        dq: Tensor,
-    ) -> None:
-        """The columns into dq; `left` takes L and δ, row maximum and log2 of the row sum, what is huge."""
-        self._make(grad_out, out, row_max, row_sum, *left, dq.view(torch.bfloat16))
+        self, grad_out: Tensor, out: Tensor, row_max: Tensor, row_sum: Tensor, left: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Columns `[B·R·H·blocks·64, 16]`; `left` takes L and δ, row maximum and log2 of the row sum, what is huge."""
+        columns = memory.empty(self._shape, torch.bfloat16, out)
+        self._make(grad_out, out, row_max, row_sum, *left, columns)
+        return columns

@@ -158,10 +158,10 @@ class Plan:
         """The heads that are marked, if dq, dk and dv of all others are there; what it needed besides is free again."""
         if self._dqkv_on_hopper is None:
             return None
-        self._query_terms(grad_out, out, row_max, row_sum, left, gradients[0])
+        columns = self._query_terms(grad_out, out, row_max, row_sum, left)
         marked = memory.empty(self._marked_shape, torch.int32, q)
         self._list(left[2], spans, marked)
-        given = (grad_out, q, k, v, words, key, marked, gradients)
+        given = (grad_out, q, k, v, words, key, columns, marked, gradients)
         return marked if hopper.attempt(self._dqkv_on_hopper, *given) else None
 
     def __call__(
