@@ -241,15 +241,15 @@ def _walk(
                 if not KEY_TERM_FIRST:
                     x = _with_key_term(x, key, fill, KEY_TERM)
                 p = exp2((x - of_max) * LOG2E - of_sum)
-                if not EVEN_J and j == TJ - 1:
-                    # Past the end a key has whatever the row maximum leaves of it.
-                    is_key = gl.expand_dims(j * SIDE + gl.arange(0, SIDE, layout=BY_J) < J, 0)
-                    p = gl.where(is_key, p, 0.0)
                 p_smem[(j * TI + i) % 2].index(0).store(p.to(dtype))
                 dp, dv, dk, done = warpgroup_mma_wait(0, deps=(dp, dv, dk, dq[(i + TI - 1) % TI]))
                 dq = _replaced(dq, (i + TI - 1) % TI, done)
                 delta = gl.expand_dims(delta_smem[i].load(BY_I), 1)
                 ds = p * (dp - delta)
+                if not EVEN_J and j == TJ - 1:
+                    # Past the end a key has whatever the row maximum leaves of it, or NaN.
+                    is_key = gl.expand_dims(j * SIDE + gl.arange(0, SIDE, layout=BY_J) < J, 0)
+                    ds = gl.where(is_key, ds, 0.0)
                 if NEEDS_DBIAS and KEY_TERM_FIRST:
                     dbias = _replaced(dbias, j * TI + i, _added_now(dbias[j * TI + i], ds))
                 if KEY_TERM == "select":
