@@ -44,10 +44,8 @@ class Shape:
 
 
 def shape_for(D: int) -> Shape:
-    """Four warpgroups, of two rows by two blocks of queries; three where the accumulators are twice as large."""
-    if D <= 32:
-        return Shape()
-    return Shape(ROWS=3, BLOCKS=1, TILES=1, REGISTERS=128)
+    """Four warpgroups, of two rows by two blocks of queries; narrow tiles where the accumulators are twice as large."""
+    return Shape() if D <= 32 else Shape(BLOCK_J=32, STAGES=4)
 
 
 _broken: str | None = None
