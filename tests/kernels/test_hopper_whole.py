@@ -79,8 +79,8 @@ def test_rows_without_a_key(hopper, key_term):
 def test_any_number_of_rows_to_a_program(hopper, monkeypatch, rows):
     """Fewer rows than there is room for, as many, more, an odd number; the last program has fewer."""
     monkeypatch.setattr(whole_choice, "rows_of_a_program", lambda *_: rows)
-    for N in (128, 192):
-        x = inputs(hopper, R=11, I=N, J=N, key_term="additive")
+    for I, J in ((128, 128), (192, 192), (128, 64)):
+        x = inputs(hopper, R=11, I=I, J=J, key_term="additive")
         assert_gradients_within_budget(x)
         assert all(map(torch.equal, gradients(x), gradients(x)))
     assert_taken()

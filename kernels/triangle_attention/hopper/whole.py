@@ -270,8 +270,8 @@ def _walk(
                     next_stage = (n + 1) % STAGES
                     mbarrier.wait(full.index(next_stage), (n + 1) // STAGES & 1, pred=has_next)
                     _keep_lines(lines, line_smems, do_smem, out_smem, next_stage, D, TI)
-                if i == 1:
-                    # What is stored next lies where those lay.
+                if i == 1 or TJ == 1:
+                    # From the next tile on what is stored lies where those lay.
                     store_wait(0)
                 fence_async_shared()
                 barrier()

@@ -6,7 +6,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 LONGEST = 192  # queries and keys: beyond, dbias does not fit the registers of a multiprocessor
-_SHORTEST = 65  # queries: docs/benchmarks/log-backward.md, step 19
+_SHORTEST = 65  # queries, two tiles of them: docs/benchmarks/log-backward.md, step 19
 _HEADS = (16, 32)  # columns D; at 64 two rows do not fit beside the bias
 
 
