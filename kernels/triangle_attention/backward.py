@@ -42,6 +42,9 @@ LONGEST_TOGETHER = 64
 LONGEST_AFTER_DQ = 192
 
 
+_Run = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None]  # None where it could not
+
+
 class _Plan:
     """What `launch` decides from shapes, strides and dtypes alone."""
 
@@ -62,7 +65,7 @@ class _Plan:
         self.dbias_shape = tuple(bias.shape) if bias is not None and needs_dbias else (0,)
         self.dbias_dtype = q.dtype if bias is None else bias.dtype
         self.is_empty = 0 in (*q.shape[:4], k.shape[2])
-        self.elsewhere: Callable[..., tuple[Tensor, ...] | None] | None = None
+        self.elsewhere: _Run | None = None
         self.portable: _Portable | None = None  # once it is asked for
         self.recorder = Recorder()
         given = (grad_out, q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first, needs_dbias)
@@ -81,7 +84,7 @@ def plan_elsewhere(
     key_bias: Tensor | None,
     key_mask: Tensor | None,
     fill: float,
-) -> Callable[..., Callable[..., tuple[Tensor, ...] | None] | None] | None:
+) -> Callable[..., _Run | None] | None:
     """What plans such a call, which is not empty, for other kernels; None where those that are planned here take it."""
     if whole.refusal(grad_out, q, k, v, bias) is None:
         return whole.Plan
@@ -92,7 +95,7 @@ def plan_elsewhere(
     return None
 
 
-def _planned_on_hopper(*given: Any) -> Callable[..., tuple[Tensor, ...] | None] | None:
+def _planned_on_hopper(*given: Any) -> _Run | None:
     from trifast_inductor.kernels.triangle_attention.hopper import whole
 
     return hopper.attempt(whole.Plan, *given)
@@ -235,8 +238,7 @@ def _launch(
         with on_device_of(q):
             gradients = plan.elsewhere(grad_out, q, k, v, bias, key, out, row_max, row_sum)
         if gradients is not None:
-            dq, dk, dv, dbias = gradients
-            return dq, dk, dv, dbias
+            return gradients
     return _run(plan, *given, out=out, row_max=row_max, row_sum=row_sum)
 
 

@@ -37,6 +37,18 @@ def add_up_if_last(parts_ptr, sum_ptr, count_ptr, step, groups, in_range):
 
 
 @triton.jit
+def _summed(ptrs, step, groups, in_range, BLOCK_I: tl.constexpr):
+    """Of each element the sum over groups, a step apart, BLOCK_I at a time."""
+    group = tl.arange(0, BLOCK_I)[:, None]
+    ptrs = ptrs[None, :] + group * step
+    total = tl.zeros(ptrs.shape, tl.float32)
+    for first in range(0, groups, BLOCK_I):
+        total += tl.load(ptrs, mask=(group < groups - first) & in_range[None, :], other=0.0)
+        ptrs += BLOCK_I * step
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def _triangle_attention_bwd_sum(
     parts_ptr,  # [groups, count] contiguous, float32
     sum_ptr,  # [count]
@@ -48,14 +60,7 @@ def _triangle_attention_bwd_sum(
 ):
     after_the_kernel_before(PDL)
     place = tl.program_id(0).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    group = tl.arange(0, BLOCK_I)
-    ptrs = parts_ptr + group[:, None] * count + place[None, :]
-    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    for first in range(0, groups, BLOCK_I):
-        in_range = (group < groups - first)[:, None] & (place < count)[None, :]
-        total += tl.load(ptrs, mask=in_range, other=0.0)
-        ptrs += BLOCK_I * count
-    total = tl.sum(total, 0)
+    total = _summed(parts_ptr + place, count, groups, place < count, BLOCK_I)
     tl.store(sum_ptr + place, total.to(sum_ptr.dtype.element_ty), mask=place < count)
 
 
@@ -83,14 +88,9 @@ def _triangle_attention_bwd_sum_of_tiles(
     PARTS: tl.constexpr = SIDE * SIDE // BLOCK_J
     tile = tl.program_id(0) // PARTS
     element = tl.program_id(0) % PARTS * BLOCK_J + tl.arange(0, BLOCK_J)
-    group = tl.arange(0, BLOCK_I)
     step = tl.cast(heads * tiles_i * tiles_j, tl.int64) * (SIDE * SIDE)
-    ptrs = parts_ptr + tile.to(tl.int64) * (SIDE * SIDE) + group[:, None] * step + element[None, :]
-    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    for first in range(0, groups, BLOCK_I):
-        total += tl.load(ptrs, mask=(group < groups - first)[:, None], other=0.0)
-        ptrs += BLOCK_I * step
-    total = tl.sum(total, 0)
+    ptrs = parts_ptr + tile.to(tl.int64) * (SIDE * SIDE) + element
+    total = _summed(ptrs, step, groups, tl.full([BLOCK_J], True, tl.int1), BLOCK_I)
     i = tile % tiles_i * SIDE + element // SIDE
     j = tile // tiles_i % tiles_j * SIDE + element % SIDE
     head = (tile // (tiles_i * tiles_j)).to(tl.int64)

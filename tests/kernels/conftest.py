@@ -44,6 +44,12 @@ if INTERPRETED:
     _patch_once_for_a_module()
 
 
+def skip_off_hopper(device: str = "cuda") -> None:
+    """Of a test on a GPU; on the CPU, if the test runs there, the interpreter stands in for it."""
+    if device == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("needs a Hopper GPU")
+
+
 def _in_nan(t: Tensor) -> Tensor:
     """The same values at an odd offset among NaN, strided in every axis: a read too far shows."""
     around = torch.full([2 * n + 3 for n in t.shape], float("nan"), dtype=t.dtype, device=t.device)

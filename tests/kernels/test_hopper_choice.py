@@ -9,6 +9,8 @@ import torch
 
 from trifast_inductor.testing import assert_within_budget, eager, random_inputs, results
 
+from .conftest import skip_off_hopper
+
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import backward, forward, reference
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice
@@ -122,8 +124,7 @@ def test_a_kernel_that_fails_is_said_once_and_replaced(device, monkeypatch, capl
 
 @pytest.fixture
 def hopper_gpu():
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper()
 
 
 @pytest.mark.gpu

@@ -1,17 +1,16 @@
 """The Hopper kernel for dbias against the definition; what it compiles to is looked at without a GPU."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from trifast_inductor.testing import assert_within_budget, eager, random_inputs, results
 
+from .conftest import skip_off_hopper
 from .dbias_cases import CHANGES, Given, given, inputs, wholly_filled, wholly_left_out
+from .gluon_compile import said
 from .test_hopper_forward import LAYOUTS
 
 pytest.importorskip("triton")
@@ -31,8 +30,7 @@ SHAPES = {
 
 @pytest.fixture
 def hopper() -> str:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper()
     return "cuda"
 
 
@@ -135,51 +133,27 @@ def test_groups_of_rows_fill_the_multiprocessors(R, tiles):
 
 
 COMPILE = """
-import subprocess, sys, tempfile, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias, dbias_choice
-
-def desc(kind, box, dtype):
-    return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+from tests.kernels.gluon_compile import desc, report
+from trifast_inductor.kernels.triangle_attention.hopper import dbias, dbias_choice
 
 kernel = dbias._triangle_attention_bwd_dbias_hopper
 shape = dbias_choice.shape_for(32)
 constants = dict(D=32, KEY_TERM="add", REGISTERS=shape.REGISTERS, **vars(shape))
-types = {f"{name}_desc": desc("bf16", [1, 1, 128, 1, 32], gl.bfloat16) for name in ("q", "do", "k", "v")}
-types |= {f"{name}_desc": desc("fp32", [8, 32], gl.float32) for name in ("terms", "key")}
-types |= {"key_bits_ptr": "*i32", "parts_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
-source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-# A version that any ptxas knows; the one of a cached compile may be of another.
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "ptx_version": 86})
-print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
-with tempfile.TemporaryDirectory() as folder:
-    ptx = Path(folder, "kernel.ptx")
-    ptx.write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
-    subprocess.run(command, check=True, stderr=sys.stdout)
+types = {f"{name}_desc": desc("bf16", [1, 1, 128, 1, 32]) for name in ("q", "do", "k", "v")}
+types |= {f"{name}_desc": desc("fp32", [8, 32]) for name in ("terms", "key")}
+types |= {"key_bits_ptr": "*i32", "parts_ptr": "*fp32", "scale": "fp32"}
+report(kernel, types, constants)
 """
 
 
 def test_products_stay_asynchronous():
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
-    assert "Used 96 registers" in done.stdout, done.stdout + done.stderr  # five times 128 threads
-    assert "serialized" not in done.stdout, done.stdout
+    found = said(COMPILE)
+    assert "Used 96 registers" in found, found  # five times 128 threads
+    assert "serialized" not in found, found
     # A few before and after the loop.
-    spilled = re.search(r"(\d+) bytes spill stores", done.stdout)
-    assert spilled, done.stdout
-    assert int(spilled[1]) < 64, done.stdout
-    left = int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1])
+    spilled = re.search(r"(\d+) bytes spill stores", found)
+    assert spilled, found
+    assert int(spilled[1]) < 64, found
+    left = int(re.search(r"shared memory left: (-?\d+)", found)[1])
     assert left >= 0, f"{-left} bytes of shared memory too many"

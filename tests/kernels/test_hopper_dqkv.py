@@ -1,10 +1,7 @@
 """The Hopper kernel for dq, dk and dv against the definition; what it compiles to is looked at without a GPU."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,8 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choi
 
 if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from tests.kernels.conftest import skip_off_hopper
+from tests.kernels.gluon_compile import said
 from tests.kernels.test_backward import assert_gradients_within_budget, gradients
 from tests.kernels.test_lean_backward import CASES, take_any_size
 from trifast_inductor.kernels.triangle_attention import backward
@@ -26,8 +25,7 @@ from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Any size goes to the kernel."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper()
     take_any_size(monkeypatch)
     monkeypatch.setattr(dqkv_choice, "_SHORTEST", 1)
     monkeypatch.setattr(choice, "_FEWEST_ITEMS", 1)
@@ -95,48 +93,25 @@ def test_other_calls_get_the_lean_kernels():
 
 
 COMPILE = """
-import subprocess, sys, tempfile, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv, dqkv_choice
-
-def desc(kind, box, dtype):
-    return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
+import sys
+from tests.kernels.gluon_compile import desc, report
+from trifast_inductor.kernels.triangle_attention.hopper import dqkv, dqkv_choice
 
 kernel = dqkv._triangle_attention_bwd_dqkv_hopper
 constants = dict(D=32, KEY_TERM=sys.argv[1], **vars(dqkv_choice.Shape()))
-types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32], gl.bfloat16) for name in ("q", "do", "k", "v")}
-types |= {"terms_desc": desc("bf16", [64, 16], gl.bfloat16), "words_desc": desc("i32", [64, 32], gl.int32)}
+types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32]) for name in ("q", "do", "k", "v")}
+types |= {"terms_desc": desc("bf16", [64, 16]), "words_desc": desc("i32", [64, 32])}
 types |= {f"{name}_ptr": "*bf16" for name in ("key", "dq", "dk", "dv")}
-types |= {"listed_ptr": "*i32", "sums_ptr": "*fp32", "scale": "fp32"} | {name: "constexpr" for name in constants}
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
-source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-# A version that any ptxas knows; the one of a cached compile may be of another.
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "ptx_version": 86})
-print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
-with tempfile.TemporaryDirectory() as folder:
-    ptx = Path(folder, "kernel.ptx")
-    ptx.write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
-    subprocess.run(command, check=True, stderr=sys.stdout)
+types |= {"listed_ptr": "*i32", "sums_ptr": "*fp32", "scale": "fp32"}
+report(kernel, types, constants)
 """
 
 
 @pytest.mark.parametrize("key_term", ["none", "add"])
 def test_products_stay_asynchronous(key_term):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, key_term],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1]) >= 0
-    assert "serialized" not in done.stdout, done.stdout
+    found = said(COMPILE, key_term)
+    assert int(re.search(r"shared memory left: (-?\d+)", found)[1]) >= 0
+    assert "serialized" not in found, found
     # A few, outside the loop, with a key term.
-    assert int(re.search(r"(\d+) bytes spill stores", done.stdout)[1]) <= 32
+    assert int(re.search(r"(\d+) bytes spill stores", found)[1]) <= 32

@@ -10,6 +10,7 @@ from torch import Tensor
 from trifast_inductor.testing import Inputs, random_inputs
 
 pytest.importorskip("triton")
+from tests.kernels.conftest import skip_off_hopper
 from tests.kernels.test_backward import assert_gradients_within_budget
 from tests.kernels.test_lean_backward import CASES, draw, left_out, take_any_size
 from trifast_inductor.kernels.triangle_attention import backward, forward
@@ -54,8 +55,7 @@ def in_torch(x: Inputs, columns: Tensor, listed: Tensor, gradients: tuple[Tensor
 @pytest.fixture
 def around(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[Inputs]]:
     """Every call goes to the kernel in torch, for the inputs in this list."""
-    if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper(request.getfixturevalue("device"))
     inputs: list[Inputs] = []
     take_any_size(monkeypatch)
     monkeypatch.setattr(lean.dqkv_choice, "refusal", lambda *_: None)

@@ -1,16 +1,16 @@
 """The Hopper forward against the definition; what it compiles to is looked at without a GPU."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.testing import Inputs, assert_within_budget, eager, random_inputs, results
+
+from .conftest import skip_off_hopper
+from .gluon_compile import said
 
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention.hopper import choice
@@ -30,8 +30,7 @@ SHAPES = {
 
 @pytest.fixture
 def hopper() -> str:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper()
     return "cuda"
 
 
@@ -243,56 +242,32 @@ def test_shapes_fit_into_shared_memory(D):
 
 
 COMPILE = """
-import subprocess, sys, tempfile, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+import sys
+from tests.kernels.gluon_compile import desc, report
 from trifast_inductor.kernels.triangle_attention.hopper import choice, forward
 
 D = int(sys.argv[1])
 shape = choice.shape_for(D)
 stage_j, block_i = shape.TILES * shape.BLOCK_J, 16 * shape.NUM_WARPS
 
-def desc(kind, box, dtype):
-    return f"tensordesc<{kind}{box},{gl.NVMMASharedLayout.get_default_for(box, dtype)!r}>"
-
 kernel = forward._triangle_attention_fwd_hopper
 constants = dict(D=D, HAS_KEY_TERM=True, **{k: v for k, v in vars(shape).items() if k in kernel.arg_names})
-keys = desc("bf16", [1, 1, stage_j, 1, D], gl.bfloat16)
-types = {"k_desc": keys, "v_desc": keys, "q_desc": desc("bf16", [1, 1, block_i, 1, D], gl.bfloat16)}
-types["terms_desc"] = desc("fp32", [stage_j], gl.float32)
-types["words_desc"] = desc("i32", [block_i, shape.BLOCK_J // 2], gl.int32)
+keys = desc("bf16", [1, 1, stage_j, 1, D])
+types = {"k_desc": keys, "v_desc": keys, "q_desc": desc("bf16", [1, 1, block_i, 1, D])}
+types["terms_desc"] = desc("fp32", [stage_j])
+types["words_desc"] = desc("i32", [block_i, shape.BLOCK_J // 2])
 pointers = dict(flags="*i32", out="*bf16", row_max="*fp32", row_sum="*fp32")
-types |= {"scale": "fp32"} | {name: "constexpr" for name in constants}
+types |= {"scale": "fp32"}
 types |= {f"{name}_ptr": kind for name, kind in pointers.items()}
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
-source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-# A version that any ptxas knows; the one of a cached compile may be of another.
-options = {"num_warps": shape.NUM_WARPS, "ptx_version": 86}
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
-with tempfile.TemporaryDirectory() as folder:
-    ptx = Path(folder, "kernel.ptx")
-    ptx.write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
-    subprocess.run(command, check=True, stderr=sys.stdout)
+report(kernel, types, constants, shape.NUM_WARPS)
 """
 
 
 @pytest.mark.parametrize("D", [32, 64])
 def test_products_stay_asynchronous(D):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(D)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
-    assert "Used 96 registers" in done.stdout, done.stdout + done.stderr
-    assert "serialized" not in done.stdout, done.stdout
-    left = int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1])
+    found = said(COMPILE, str(D))
+    assert "Used 96 registers" in found, found
+    assert "serialized" not in found, found
+    left = int(re.search(r"shared memory left: (-?\d+)", found)[1])
     assert left >= 0, f"{-left} bytes of shared memory too many"

@@ -1,11 +1,8 @@
 """All gradients in one pass on Hopper against the definition; what it compiles to is looked at without a GPU."""
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,6 +15,8 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice, whole_cho
 
 if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
+from tests.kernels.conftest import skip_off_hopper
+from tests.kernels.gluon_compile import said
 from tests.kernels.test_backward import assert_gradients_within_budget, gradients
 from tests.kernels.test_hopper_choice import OnOneHopper
 from trifast_inductor.kernels.triangle_attention import backward
@@ -26,8 +25,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import whole
 
 @pytest.fixture
 def hopper() -> Iterator[str]:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper()
     backward._plans.clear()
     yield "cuda"
     backward._plans.clear()
@@ -157,48 +155,24 @@ def test_programs_end_together(R, heads, rows):
 
 
 COMPILE = """
-import subprocess, sys, tempfile, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from trifast_inductor.kernels.triangle_attention.hopper import choice, whole
-
-def desc(box):
-    return f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
+import sys
+from tests.kernels.gluon_compile import desc, report
+from trifast_inductor.kernels.triangle_attention.hopper import whole
 
 kernel = whole._triangle_attention_bwd_whole_hopper
 tiles, key = int(sys.argv[1]), sys.argv[2]
 constants = dict(D=32, KEY_TERM=key, KEY_TERM_FIRST=False, NEEDS_DBIAS=True, EVEN_J=False, TI=tiles, TJ=tiles)
-types = {f"{name}_desc": desc([1, 1, 64, 1, 32]) for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
-types |= {"bias_desc": desc([1, 1, 64, 64]), "key_ptr": "*bf16" if key == "add" else "*u8"}
+types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32]) for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
+types |= {"bias_desc": desc("bf16", [1, 1, 64, 64]), "key_ptr": "*bf16" if key == "add" else "*u8"}
 types |= {f"{name}_ptr": "*fp32" for name in ("row_max", "row_sum", "parts")} | {"scale": "fp32", "fill": "fp32"}
-types |= {name: "constexpr" for name in constants}
-signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if "ptr" in name}
-source = GluonASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-# A version that any ptxas knows; the one of a cached compile may be of another.
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "ptx_version": 86})
-print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared)
-with tempfile.TemporaryDirectory() as folder:
-    ptx = Path(folder, "kernel.ptx")
-    ptx.write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
-    subprocess.run(command, check=True, stderr=sys.stdout)
+report(kernel, types, constants, num_warps=8)
 """
 
 
 @pytest.mark.parametrize(("tiles", "key_term", "spilled"), [(2, "add", 100), (3, "add", 1000), (3, "select", 1000)])
 def test_products_stay_asynchronous(tiles, key_term, spilled):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(tiles), key_term],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(re.search(r"shared memory left: (-?\d+)", done.stdout)[1]) >= 0
-    assert "serialized" not in done.stdout, done.stdout
-    assert int(re.search(r"(\d+) bytes spill stores", done.stdout)[1]) <= spilled, done.stdout
+    found = said(COMPILE, str(tiles), key_term)
+    assert int(re.search(r"shared memory left: (-?\d+)", found)[1]) >= 0
+    assert "serialized" not in found, found
+    assert int(re.search(r"(\d+) bytes spill stores", found)[1]) <= spilled, found

@@ -10,19 +10,16 @@ from trifast_inductor.kernels.triangle_attention import reference
 from trifast_inductor.testing import KEY_TERMS, Inputs, random_inputs
 
 pytest.importorskip("triton")
-from tests.kernels.conftest import LAYOUTS, Case
+from tests.kernels.conftest import LAYOUTS, Case, skip_off_hopper
 from tests.kernels.covering import covering_array
-from tests.kernels.test_backward import NAMES, assert_gradients_within_budget, gradients
+from tests.kernels.test_backward import NAMES, assert_gradients_within_budget, gradients, without_one_pass
 from trifast_inductor.kernels.triangle_attention import backward, forward
-from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
-from trifast_inductor.kernels.triangle_attention.portable import whole
 
 
 def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that other kernels would get otherwise go to the lean ones, too."""
-    monkeypatch.setattr(whole, "LONGEST", 0)
-    monkeypatch.setattr(whole_choice, "LONGEST", 0)
+    without_one_pass(monkeypatch)
     for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
         monkeypatch.setattr(lean, name, 1)
 
@@ -30,8 +27,7 @@ def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Every size; skips where the kernels cannot run at all."""
-    if request.getfixturevalue("device") == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a Hopper GPU")
+    skip_off_hopper(request.getfixturevalue("device"))
     take_any_size(monkeypatch)
     backward._plans.clear()
     yield

@@ -103,10 +103,11 @@ def backward_of(name: str, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """One whole backward; the lean kernels at any size."""
     if name in OURS:
         from trifast_inductor.kernels.triangle_attention import backward, forward
+        from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
         from trifast_inductor.kernels.triangle_attention.lean import launch as lean
         from trifast_inductor.kernels.triangle_attention.portable import whole
 
-        whole.LONGEST = 0
+        whole.LONGEST = whole_choice.LONGEST = 0
         lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
         saved = forward.portable(*x.op)
         run = backward.launch if name == "package" else backward.portable

@@ -34,9 +34,10 @@ from trifast_inductor.kernels.triangle_attention import arguments, backward, for
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.dqkv import _advance, _unpack
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
-from trifast_inductor.kernels.triangle_attention.hopper.whole import _added_now, _replaced, _zeros
+from trifast_inductor.kernels.triangle_attention.hopper.whole import _added_now, _replaced, _with_key_term, _zeros
 from trifast_inductor.testing import Inputs, random_inputs
 
 SIDE = gl.constexpr(64)
@@ -44,15 +45,6 @@ BLOCKS = gl.constexpr(2)  # of keys
 TI = gl.constexpr(2)  # tiles of queries
 STAGES = gl.constexpr(3)  # rows in shared memory
 DS_STAGES = gl.constexpr(2)
-
-
-@gluon.jit
-def _step(slot, phase, COUNT: gl.constexpr):
-    slot += 1
-    if slot == COUNT:
-        slot = 0
-        phase ^= 1
-    return slot, phase
 
 
 @gluon.jit
@@ -77,7 +69,7 @@ def _copy(shared, D: gl.constexpr):
             at = [b, r, j * SIDE, h, 0]
             async_load(k_desc, at, bar, k_smem.index(slot * BLOCKS + j))
             async_load(v_desc, at, bar, v_smem.index(slot * BLOCKS + j))
-        slot, phase = _step(slot, phase, STAGES)
+        slot, phase = _advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -90,36 +82,13 @@ def _packed(x):
 
 
 @gluon.jit
-def _unpacked(words, dtype: gl.constexpr, X: gl.constexpr):
-    if dtype == gl.bfloat16:
-        high = (words & -65536).to(gl.float32, bitcast=True)
-        low = (words << 16).to(gl.float32, bitcast=True)
-    else:
-        high = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-        low = words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-    x = gl.join(low, high).reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6])
-    return gl.convert_layout(x.reshape([SIDE, SIDE]), X, assert_trivial=True)
-
-
-@gluon.jit
 def _load_key(key_ptr, strides, b, r, j, J, KEY_TERM: gl.constexpr):
     key = j
     if KEY_TERM != "none":
         stride_b, stride_r, stride_j = strides
         key_ptr += b.to(gl.int64) * stride_b + r.to(gl.int64) * stride_r
         key = gl.load(key_ptr + j.to(gl.int64) * stride_j, mask=j < J, other=0)
-        if KEY_TERM == "add":
-            key = key.to(gl.float32)
     return key
-
-
-@gluon.jit
-def _with_key_term(x, key, fill, KEY_TERM: gl.constexpr):
-    if KEY_TERM == "add":
-        x = x + gl.expand_dims(key, 1)
-    elif KEY_TERM == "select":
-        x = gl.where(gl.expand_dims(key != 0, 1), fill, x)
-    return x
 
 
 @gluon.jit
@@ -185,10 +154,10 @@ def _walk(
                 x, dk, dv = warpgroup_mma_wait(1, deps=(x, dk, dv))
             x = x * scale
             if KEY_TERM_FIRST:
-                x = _with_key_term(x, key, fill, KEY_TERM)
-            x = x + _unpacked(words, dtype, X)
+                x = _with_key_term(x, gl.expand_dims(key, 1), fill, KEY_TERM)
+            x = x + _unpack(words, dtype, X)
             if not KEY_TERM_FIRST:
-                x = _with_key_term(x, key, fill, KEY_TERM)
+                x = _with_key_term(x, gl.expand_dims(key, 1), fill, KEY_TERM)
             of_max = gl.expand_dims(max_smem.index(slot * TI + n).load(BY_I), 0)
             of_sum = gl.expand_dims(sum_smem.index(slot * TI + n).load(BY_I), 0)
             p = exp2((x - of_max) * LOG2E - of_sum)
@@ -215,12 +184,12 @@ def _walk(
             ds_smem.index(ds_slot * BLOCKS + WHICH).store(ds16)
             fence_async_shared()
             mbarrier.arrive(ds_full.index(ds_slot), count=1)
-            ds_slot, ds_phase = _step(ds_slot, ds_phase, DS_STAGES)
+            ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
         next_row = first_row + gl.minimum(n_row + 1, count - 1)
         key = _load_key(key_ptr, key_strides, b, next_row, j, J, KEY_TERM)
         x, dp, dk, dv = warpgroup_mma_wait(0, deps=(x, dp, dk, dv))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot, phase = _step(slot, phase, STAGES)
+        slot, phase = _advance(slot, phase, STAGES)
         store_wait(0)
         barrier()
         left_smem.index(2 * WHICH).reshape([SIDE, D]).store((dk * scale).to(dtype))
@@ -269,6 +238,7 @@ def _sum_dq(shared, D: gl.constexpr):
     ds_slot = 0
     ds_phase = 0
     slot = 0
+    phase = 0
     ahead = 0
     ahead_phase = 0
     row = ((b * R + first_row).to(gl.int64) * H + h) * I
@@ -280,7 +250,7 @@ def _sum_dq(shared, D: gl.constexpr):
             )  # fmt: skip
             mbarrier.arrive(lines_full.index(ahead), count=1)
             row += (H * I).to(gl.int64)
-            ahead, ahead_phase = _step(ahead, ahead_phase, STAGES)
+            ahead, ahead_phase = _advance(ahead, ahead_phase, STAGES)
         if n_row > 0:
             for n in gl.static_range(TI):
                 mbarrier.wait(ds_full.index(ds_slot), ds_phase)
@@ -291,7 +261,7 @@ def _sum_dq(shared, D: gl.constexpr):
                     dq = warpgroup_mma(ds, k, dq, use_acc=block > 0, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 mbarrier.arrive(ds_empty.index(ds_slot), count=1)
-                ds_slot, ds_phase = _step(ds_slot, ds_phase, DS_STAGES)
+                ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
                 store_wait(0)
                 barrier()
                 dq_smem.reshape([SIDE, D]).store((dq * scale).to(dtype))
@@ -299,9 +269,7 @@ def _sum_dq(shared, D: gl.constexpr):
                 barrier()
                 async_store(dq_desc, [b, first_row + n_row - 1, n * SIDE, h, 0], dq_smem)
             mbarrier.arrive(empty.index(slot), count=1)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
+            slot, phase = _advance(slot, phase, STAGES)
     store_wait(0)
 
 

@@ -32,6 +32,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, forward, memo
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.dqkv import _advance
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, operand, pairs, row_max
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
 from trifast_inductor.testing import Inputs, random_inputs
@@ -63,10 +64,7 @@ def _copy(shared, D: gl.constexpr, ROWS: gl.constexpr, TI: gl.constexpr, TJ: gl.
             for n in gl.static_range(TJ):
                 async_load(k_desc, [b, r, n * SIDE, h, 0], bar, k_smem.index((slot * ROWS + m) * TJ + n))
                 async_load(v_desc, [b, r, n * SIDE, h, 0], bar, v_smem.index((slot * ROWS + m) * TJ + n))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = _advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -169,10 +167,7 @@ def _attend(
             acc = warpgroup_mma(p, v, acc, use_acc=n > 0, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = _advance(slot, phase, STAGES)
         sums = gl.convert_layout(total, gl.SliceLayout(1, OUT), assert_trivial=True)
         store_wait(0)
         barrier()
