@@ -9,7 +9,7 @@ of rows are then summed apart and added up, by the last of them or by a kernel (
 products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch.
 
 On Hopper one kernel makes five where dbias fits the registers: `portable/whole.py`, up to 64 queries and keys, and
-`hopper/whole.py`, up to 192. `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says
+those of `hopper/whole_plan.py`, up to 192. `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says
 which.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
@@ -96,9 +96,9 @@ def plan_elsewhere(
 
 
 def _planned_on_hopper(*given: Any) -> _Run | None:
-    from trifast_inductor.kernels.triangle_attention.hopper import whole
+    from trifast_inductor.kernels.triangle_attention.hopper import whole_plan
 
-    return hopper.attempt(whole.Plan, *given)
+    return hopper.attempt(whole_plan.Plan, *given)
 
 
 class _Portable:

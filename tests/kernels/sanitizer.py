@@ -43,7 +43,7 @@ def cases() -> list[Callable[[], None]]:
         )
     ]
     if torch.cuda.get_device_capability() == (9, 0):
-        lengths = ((33, 40, 32), (100, 70, 16), (128, 192, 32), (140, 150, 16))
+        lengths = ((33, 40, 32), (100, 70, 16), (128, 128, 32), (128, 192, 32), (140, 150, 16))
         found += [
             partial(_launch_in_one_pass, dtype, *sizes, key_term)
             for dtype, sizes, key_term in itertools.product((torch.bfloat16, torch.float16), lengths, KEY_TERMS)

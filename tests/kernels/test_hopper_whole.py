@@ -20,7 +20,7 @@ from tests.kernels.gluon_compile import said
 from tests.kernels.test_backward import assert_gradients_within_budget, gradients
 from tests.kernels.test_hopper_choice import OnOneHopper
 from trifast_inductor.kernels.triangle_attention import backward
-from trifast_inductor.kernels.triangle_attention.hopper import whole
+from trifast_inductor.kernels.triangle_attention.hopper import whole_plan
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def inputs(device: str = "cpu", **options: object) -> Inputs:
 
 
 def assert_taken() -> None:
-    assert all(isinstance(plan.elsewhere, whole.Plan) for plan in backward._plans.values())
+    assert all(isinstance(plan.elsewhere, whole_plan.Plan) for plan in backward._plans.values())
 
 
 @pytest.mark.gpu
@@ -52,8 +52,8 @@ def test_agrees_with_reference(hopper, dtype, D, key_term, key_term_first):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("I", [65, 128, 129, 192])
-@pytest.mark.parametrize("J", [1, 64, 65, 128, 130, 192])
+@pytest.mark.parametrize("I", [65, 100, 128, 129, 192])
+@pytest.mark.parametrize("J", [1, 64, 65, 90, 128, 130, 192])
 def test_any_length(hopper, I, J):
     """One to three tiles of keys, two or three of queries; the last of them whole, or nearly empty."""
     assert_gradients_within_budget(inputs(hopper, I=I, J=J, key_term="mask"))
@@ -109,7 +109,7 @@ def test_without_dbias_the_same_gradients(hopper):
 @pytest.mark.gpu
 def test_where_it_cannot_run_others_do(hopper, monkeypatch, caplog):
     monkeypatch.setattr(choice, "_broken", None)
-    monkeypatch.setattr(whole.Plan, "_launch", mock.Mock(side_effect=RuntimeError("no such layout")))
+    monkeypatch.setattr(whole_plan.Plan, "_launch", mock.Mock(side_effect=RuntimeError("no such layout")))
     assert_gradients_within_budget(inputs(hopper))
     assert "no such layout" in caplog.text
 
@@ -135,7 +135,9 @@ def test_what_it_does_not_serve(monkeypatch):
     assert "16 bytes" in refusal(replace(x, v=x.v.transpose(3, 4).contiguous().transpose(3, 4)))
     # A bias that is copied anyway may lie as it likes.
     assert refusal(replace(x, bias=x.bias[:1].expand_as(x.bias))) is None
-    even = inputs(I=128, J=128)
+    assert refusal(inputs(I=128, J=128, key_term="additive")) is None
+    assert refusal(replace(x, bias=x.bias.mT.contiguous().mT)) is None
+    even = inputs(I=128, J=192)
     assert "repeats" in refusal(replace(even, bias=even.bias[:1].expand_as(even.bias)))
     longest = inputs(I=192, J=192, key_term="additive")
     assert refusal(longest) is None
@@ -154,25 +156,47 @@ def test_programs_end_together(R, heads, rows):
     assert whole_choice.rows_of_a_program(R, heads, 132) == rows
 
 
+def test_blocks_of_keys_have_partitions_where_there_are_two():
+    assert [whole_choice.is_in_blocks(I, J) for I, J in ((65, 65), (128, 100), (128, 64), (129, 128), (64, 65))] == [
+        *(True, True),
+        *(False, False, False),
+    ]
+
+
 COMPILE = """
 import sys
 from tests.kernels.gluon_compile import desc, report
-from trifast_inductor.kernels.triangle_attention.hopper import whole
+from trifast_inductor.kernels.triangle_attention.hopper import whole, whole_blocks
 
-kernel = whole._triangle_attention_bwd_whole_hopper
-tiles, key = int(sys.argv[1]), sys.argv[2]
-constants = dict(D=32, KEY_TERM=key, KEY_TERM_FIRST=False, NEEDS_DBIAS=True, EVEN_J=False, TI=tiles, TJ=tiles)
-types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, 32]) for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
-types |= {"bias_desc": desc("bf16", [1, 1, 64, 64]), "key_ptr": "*bf16" if key == "add" else "*u8"}
+TI, TJ, key_term, key, D = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+constants = dict(D=D, KEY_TERM=key_term, KEY_TERM_FIRST=False, NEEDS_DBIAS=True, EVEN_J=False)
+types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, D]) for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
 types |= {f"{name}_ptr": "*fp32" for name in ("row_max", "row_sum", "parts")} | {"scale": "fp32", "fill": "fp32"}
-report(kernel, types, constants, num_warps=8)
+types |= {"bias_desc": desc("bf16", [1, 1, 64, 64]), "bias_ptr": "*bf16", "key_ptr": key}
+if TI == TJ == 2:
+    report(whole_blocks._triangle_attention_bwd_whole_blocks_hopper, types, constants, num_warps=4)
+else:
+    report(whole._triangle_attention_bwd_whole_hopper, types, constants | dict(TI=TI, TJ=TJ), num_warps=8)
 """
 
 
-@pytest.mark.parametrize(("tiles", "key_term", "spilled"), [(2, "add", 100), (3, "add", 1000), (3, "select", 1000)])
-def test_products_stay_asynchronous(tiles, key_term, spilled):
+@pytest.mark.parametrize(
+    ("tiles", "key_term", "D", "spilled"),
+    [
+        ((2, 2), "none", 32, 30),
+        ((2, 2), "add *fp32", 32, 30),
+        ((2, 2), "select *u8", 32, 60),
+        ((2, 2), "select *u8", 16, 60),
+        ((2, 3), "add *bf16", 32, 300),
+        ((3, 3), "add *bf16", 32, 1000),
+        ((3, 3), "select *u8", 32, 1000),
+    ],
+    ids=str,
+)
+def test_products_stay_asynchronous(tiles, key_term, D, spilled):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""
-    found = said(COMPILE, str(tiles), key_term)
+    which, key = (*key_term.split(), "*bf16")[:2]
+    found = said(COMPILE, *map(str, tiles), which, key, str(D))
     assert int(re.search(r"shared memory left: (-?\d+)", found)[1]) >= 0
     assert "serialized" not in found, found
     assert int(re.search(r"(\d+) bytes spill stores", found)[1]) <= spilled, found

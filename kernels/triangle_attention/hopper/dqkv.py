@@ -39,7 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
-from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
+from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, unpack_square
+from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
@@ -59,16 +60,6 @@ def _item(listed_ptr, n, items, heads):
 def _place(item, R, H):
     """Heads innermost: those of a row lie side by side in memory."""
     return item // (R * H), item // H % R, item % H
-
-
-@gluon.jit
-def _advance(slot, phase, STAGES: gl.constexpr):
-    """The next place of a ring."""
-    slot += 1
-    if slot == STAGES:
-        slot = 0
-        phase ^= 1
-    return slot, phase
 
 
 @gluon.jit
@@ -95,7 +86,7 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
                 keys = [b, r, (group * BLOCKS + n) * SIDE, h, 0]
                 async_load(k_desc, keys, bar, k_smem.index(kv_slot * BLOCKS + n))
                 async_load(v_desc, keys, bar, v_smem.index(kv_slot * BLOCKS + n))
-            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
+            kv_slot, kv_phase = advance(kv_slot, kv_phase, KV_STAGES)
             for tile in range(tiles_i):
                 mbarrier.wait(empty.index(slot), phase)
                 bar = full.index(slot)
@@ -109,20 +100,7 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
                     block = (b * H + h) * tiles_j + gl.minimum(group * BLOCKS + n, tiles_j - 1)
                     square = (block * tiles_i + tile) * SIDE
                     async_load(words_desc, [square, 0], bar, words_smem.index(slot * BLOCKS + n))
-                slot, phase = _advance(slot, phase, STAGES)
-
-
-@gluon.jit
-def _unpack(words, dtype: gl.constexpr, X: gl.constexpr):
-    """`[64, 64]` in float32 of the words of `lean/words.py`; nothing moves between threads."""
-    if dtype == gl.bfloat16:
-        high = (words & -65536).to(gl.float32, bitcast=True)
-        low = (words << 16).to(gl.float32, bitcast=True)
-    else:
-        high = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-        low = words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-    x = gl.join(low, high).reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6])
-    return gl.convert_layout(x.reshape([64, 64]), X, assert_trivial=True)
+                slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -236,9 +214,9 @@ def _walk(
                 do = do_smem.index(here).reshape([SIDE, D])
                 q = q_smem.index(here).reshape([SIDE, D])
                 dp = _product(left_of_dp, terms_smem.index(here), v, do, dp)
-                p32 = exp2(_unpack(words, dtype, X) * LOG2E + x * factor)
+                p32 = exp2(unpack_square(words, dtype, X) * LOG2E + x * factor)
                 p = gl.convert_layout(p32.to(dtype), OF_OUT)
-                slot, phase = _advance(slot, phase, STAGES)
+                slot, phase = advance(slot, phase, STAGES)
                 # The logits of the next tile; those after the last are not used.
                 mbarrier.wait(full.index(slot), phase, pred=tile + 1 < tiles_i)
                 dv = warpgroup_mma(p, do, dv, is_async=True)
@@ -255,13 +233,13 @@ def _walk(
                 ds_smem.index(ds_slot * BLOCKS + WHICH).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(ds_slot), count=1)
-                ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
+                ds_slot, ds_phase = advance(ds_slot, ds_phase, DS_STAGES)
                 dk = warpgroup_mma(gl.convert_layout(ds, OF_OUT), q, dk, is_async=True)
                 words = words_smem.index(slot * BLOCKS + WHICH).load(WORDS)
                 dv, dk, x = warpgroup_mma_wait(0, deps=(dv, dk, x))
                 mbarrier.arrive(empty.index(here), count=1)
             mbarrier.arrive(kv_empty.index(kv_slot), count=1)
-            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
+            kv_slot, kv_phase = advance(kv_slot, kv_phase, KV_STAGES)
 
             j = (group * BLOCKS + WHICH) * SIDE + gl.arange(0, SIDE, layout=gl.SliceLayout(1, OUT))
             d = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
@@ -308,7 +286,7 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
                     dq = warpgroup_mma(ds, k, dq, use_acc=n > 0, is_async=True)
                 dq = warpgroup_mma_wait(0, deps=(dq,))
                 mbarrier.arrive(ds_empty.index(ds_slot), count=1)
-                ds_slot, ds_phase = _advance(ds_slot, ds_phase, DS_STAGES)
+                ds_slot, ds_phase = advance(ds_slot, ds_phase, DS_STAGES)
                 dq = dq + before
                 if group < groups_j - 1:
                     gl.store(sums_ptrs + tile * (SIDE * D), dq)
@@ -317,7 +295,7 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
                     offsets = (b * R + r).to(gl.int64) * I * H * D + h * D + gl.expand_dims(i * (H * D), 1) + d
                     gl.store(dq_ptr + offsets, (dq * scale).to(dtype), mask=gl.expand_dims(i < I, 1))
             mbarrier.arrive(kv_empty.index(kv_slot), count=1)
-            kv_slot, kv_phase = _advance(kv_slot, kv_phase, KV_STAGES)
+            kv_slot, kv_phase = advance(kv_slot, kv_phase, KV_STAGES)
 
 
 # Compiled once for all lengths.

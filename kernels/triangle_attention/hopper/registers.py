@@ -27,6 +27,43 @@ def unpack(words, dtype: gl.constexpr, BLOCK_J: gl.constexpr, NUM_WARPS: gl.cons
 
 
 @gluon.jit
+def unpack_square(words, dtype: gl.constexpr, X: gl.constexpr):
+    """`[64, 64]` in float32 of the words of `lean/words.py` or `pack_square`; nothing moves between threads."""
+    if dtype == gl.bfloat16:
+        high = (words & -65536).to(gl.float32, bitcast=True)
+        low = (words << 16).to(gl.float32, bitcast=True)
+    else:
+        high = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+        low = words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    x = gl.join(low, high).reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6])
+    return gl.convert_layout(x.reshape([64, 64]), X, assert_trivial=True)
+
+
+@gluon.jit
+def pack_square(x):
+    """`[64, 32]` words of a 16-bit tile `[64, 64]`, of which a thread finds its own side by side."""
+    x = x.reshape([4, 2, 8, 4, 2, 4, 2]).permute([3, 0, 2, 5, 4, 1, 6])
+    return pairs(x.reshape([64, 64]))
+
+
+@gluon.jit
+def with_key_term(x, key, fill, KEY_TERM: gl.constexpr):
+    if KEY_TERM == "add":
+        x = x + key.to(gl.float32)
+    elif KEY_TERM == "select":
+        x = gl.where(key != 0, fill, x)
+    return x
+
+
+@gluon.jit
+def added_now(a, b):
+    """a + b; as a multiply-add at the end of the row it would keep both factors of all tiles until then."""
+    return gl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def row_max(x):
     """Over pairs, as a tree: `gl.max` takes a thread's elements one after the other, each waiting for the last."""
     ROWS: gl.constexpr = gl.SliceLayout(1, x.type.layout)

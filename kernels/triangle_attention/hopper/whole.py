@@ -13,13 +13,10 @@ product that begins anew is given the registers of the one before it: zeros of i
 product. Gradients leave through shared memory a tile later.
 
 **Registers** are what binds: dbias alone takes 144 of 240 where there are nine tiles. So what the compiler would keep
-or compute ahead it is made to find when it is wanted: `_again`, `_added_now`, and loads that stand late or twice.
+or compute ahead it is made to find when it is wanted: `_again`, `added_now`, and loads that stand late or twice.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import torch
-import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,11 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention import arguments, memory, sums
-from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
-from trifast_inductor.kernels.triangle_attention.hopper import choice, whole_choice
-from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
-from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
+from trifast_inductor.kernels.triangle_attention.hopper.lines import load_lines
+from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, added_now, exp2, with_key_term
+from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended, replaced, zeros
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
@@ -41,29 +36,11 @@ STAGES = gl.constexpr(2)  # rows in shared memory
 
 
 @gluon.jit
-def _and(values, value):
-    return values + (value,)  # noqa: RUF005 -- Triton unpacks no tuples
-
-
-@gluon.jit
-def _replaced(values, n: gl.constexpr, value):
-    return values[:n] + (value,) + values[n + 1 :]  # noqa: RUF005
-
-
-@gluon.jit
-def _zeros(count: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
-    zeros = ()
-    for _ in gl.static_range(count):
-        zeros = _and(zeros, gl.zeros(shape, gl.float32, layout))
-    return zeros
-
-
-@gluon.jit
 def _pieces(count: gl.constexpr, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
     """Shared memory, apart: Triton lets all warps wait before a store where another part of an allocation is read."""
     pieces = ()
     for _ in gl.static_range(count):
-        pieces = _and(pieces, gl.allocate_shared_memory(dtype, shape, layout))
+        pieces = appended(pieces, gl.allocate_shared_memory(dtype, shape, layout))
     return pieces
 
 
@@ -97,30 +74,8 @@ def _copy(shared, D: gl.constexpr, TI: gl.constexpr, TJ: gl.constexpr):
 
 
 @gluon.jit
-def _load_lines(ptrs, strides, b, r, h, R, H, I, J, KEY_TERM: gl.constexpr, TI: gl.constexpr, TJ: gl.constexpr):
-    """Row maximum and row sum of each query of a row, and the term of each key, in pieces of 64."""
-    key_ptr, row_max_ptr, row_sum_ptr = ptrs
-    stride_key_b, stride_key_r, stride_key_j = strides
-    piece = gl.arange(0, SIDE, layout=gl.BlockedLayout([1], [32], [8], [0]))
-    of_row = ((b * R + r).to(gl.int64) * H + h) * I
-    row_max = ()
-    row_sum = ()
-    key = ()
-    for n in gl.static_range(TI):
-        i = n * SIDE + piece
-        row_max = _and(row_max, gl.load(row_max_ptr + of_row + i, mask=i < I, other=float("inf")))
-        row_sum = _and(row_sum, gl.load(row_sum_ptr + of_row + i, mask=i < I, other=1.0))
-    if KEY_TERM != "none":
-        key_ptr += b.to(gl.int64) * stride_key_b + r.to(gl.int64) * stride_key_r
-        for n in gl.static_range(TJ):
-            j = n * SIDE + piece
-            key = _and(key, gl.load(key_ptr + j.to(gl.int64) * stride_key_j, mask=j < J, other=0))
-    return row_max, row_sum, key
-
-
-@gluon.jit
 def _keep_lines(lines, smems, do_smem, out_smem, stage, D: gl.constexpr, TI: gl.constexpr):
-    """Into shared memory what `_load_lines` has loaded, and δ."""
+    """Into shared memory what `load_lines` has loaded, and δ."""
     row_max, row_sum, key = lines
     max_smem, sum_smem, key_smem, delta_smem = smems
     ROWS: gl.constexpr = gl.BlockedLayout([1, D // 4], [8, 4], [8, 1], [1, 0])
@@ -148,15 +103,6 @@ def _logits_and_dp(smems, stage, x, dp, i: gl.constexpr, j: gl.constexpr, D: gl.
 
 
 @gluon.jit
-def _with_key_term(x, key, fill, KEY_TERM: gl.constexpr):
-    if KEY_TERM == "add":
-        x = x + key.to(gl.float32)
-    elif KEY_TERM == "select":
-        x = gl.where(key != 0, fill, x)
-    return x
-
-
-@gluon.jit
 def _again(x):
     """x, of which nothing that follows can be computed ahead: descriptors of all tiles would not fit the registers."""
     return gl.inline_asm_elementwise(
@@ -166,14 +112,6 @@ def _again(x):
         dtype=gl.int32,
         is_pure=False,
         pack=1,
-    )
-
-
-@gluon.jit
-def _added_now(a, b):
-    """a + b; as a multiply-add at the end of the row it would keep both factors of all tiles until then."""
-    return gl.inline_asm_elementwise(
-        "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1
     )
 
 
@@ -202,9 +140,9 @@ def _walk(
     BY_J: gl.constexpr = gl.SliceLayout(0, X)
     max_smem, sum_smem, key_smem, delta_smem = line_smems
     smems = (q_smem, do_smem, k_smem, v_smem)
-    lines = _load_lines(ptrs, strides, b, first_row, h, R, H, I, J, KEY_TERM, TI, TJ)
-    dbias = _zeros(TILES if NEEDS_DBIAS else 0, [SIDE, SIDE], X)
-    dq = _zeros(TI, [SIDE, D], OUT)
+    lines = load_lines(ptrs, strides, b, first_row, h, R, H, I, J, KEY_TERM, TI, TJ, 8)
+    dbias = zeros(TILES if NEEDS_DBIAS else 0, [SIDE, SIDE], X)
+    dq = zeros(TI, [SIDE, D], OUT)
     dv = gl.zeros([SIDE, D], gl.float32, OUT)
     dk = gl.zeros([SIDE, D], gl.float32, OUT)
     x = gl.zeros([SIDE, SIDE], gl.float32, X)
@@ -222,7 +160,7 @@ def _walk(
                 if j * TI + i == TILES - 2:
                     # Of the next row, or the last one again.
                     next_row = first_row + _again(gl.minimum(n + 1, count - 1))
-                    lines = _load_lines(ptrs, strides, b, next_row, h, R, H, I, J, KEY_TERM, TI, TJ)
+                    lines = load_lines(ptrs, strides, b, next_row, h, R, H, I, J, KEY_TERM, TI, TJ, 8)
                 of_max = gl.expand_dims(max_smem[i].load(BY_I), 1)
                 of_sum = gl.expand_dims(sum_smem[i].load(BY_I), 1)
                 key = of_max
@@ -236,14 +174,14 @@ def _walk(
                 bias = bias_smem.index(j * TI + i).reshape([SIDE, SIDE]).load(X)
                 x = x * scale
                 if KEY_TERM_FIRST:
-                    x = _with_key_term(x, key, fill, KEY_TERM)
+                    x = with_key_term(x, key, fill, KEY_TERM)
                 x = x + bias.to(gl.float32)
                 if not KEY_TERM_FIRST:
-                    x = _with_key_term(x, key, fill, KEY_TERM)
+                    x = with_key_term(x, key, fill, KEY_TERM)
                 p = exp2((x - of_max) * LOG2E - of_sum)
                 p_smem[(j * TI + i) % 2].index(0).store(p.to(dtype))
                 dp, dv, dk, done = warpgroup_mma_wait(0, deps=(dp, dv, dk, dq[(i + TI - 1) % TI]))
-                dq = _replaced(dq, (i + TI - 1) % TI, done)
+                dq = replaced(dq, (i + TI - 1) % TI, done)
                 delta = gl.expand_dims(delta_smem[i].load(BY_I), 1)
                 ds = p * (dp - delta)
                 if not EVEN_J and j == TJ - 1:
@@ -251,12 +189,12 @@ def _walk(
                     is_key = gl.expand_dims(j * SIDE + gl.arange(0, SIDE, layout=BY_J) < J, 0)
                     ds = gl.where(is_key, ds, 0.0)
                 if NEEDS_DBIAS and KEY_TERM_FIRST:
-                    dbias = _replaced(dbias, j * TI + i, _added_now(dbias[j * TI + i], ds))
+                    dbias = replaced(dbias, j * TI + i, added_now(dbias[j * TI + i], ds))
                 if KEY_TERM == "select":
                     key = gl.expand_dims(key_smem[j].load(BY_J), 0)
                     ds = gl.where(key != 0, 0.0, ds)
                 if NEEDS_DBIAS and not KEY_TERM_FIRST:
-                    dbias = _replaced(dbias, j * TI + i, _added_now(dbias[j * TI + i], ds))
+                    dbias = replaced(dbias, j * TI + i, added_now(dbias[j * TI + i], ds))
                 ds_smem[(j * TI + i) % 2].index(0).store(ds.to(dtype))
                 # Gradients that the tile before has finished.
                 if i == 0:
@@ -290,7 +228,7 @@ def _walk(
                 dv = warpgroup_mma(p_of_tile.permute((1, 0)), do, dv, use_acc=i > 0, is_async=True)
                 dk = warpgroup_mma(ds_of_tile.permute((1, 0)), q, dk, use_acc=i > 0, is_async=True)
                 done = warpgroup_mma(ds_of_tile, k, dq[i], use_acc=j > 0, is_async=True)
-                dq = _replaced(dq, i, done)
+                dq = replaced(dq, i, done)
                 r = first_row + n
                 if i == 0 and j > 0:
                     async_store(dv_desc, [b, r, (j - 1) * SIDE, h, 0], dv_smem)
@@ -306,7 +244,7 @@ def _walk(
                     mbarrier.arrive(empty.index((n + 1) % STAGES), count=1)
         # Under way into the next turn of the loop they would be copied, and every product waited for.
         x, dp, dv, dk, done = warpgroup_mma_wait(0, deps=(x, dp, dv, dk, dq[TI - 1]))
-        dq = _replaced(dq, TI - 1, done)
+        dq = replaced(dq, TI - 1, done)
     dv_smem.reshape([SIDE, D]).store(dv.to(dtype))
     dk_smem.reshape([SIDE, D]).store((dk * scale).to(dtype))
     dq_smem[TI - 1].reshape([SIDE, D]).store((dq[TI - 1] * scale).to(dtype))
@@ -415,83 +353,3 @@ def _triangle_attention_bwd_whole_hopper(
         (_walk, (to_walk, KEY_TERM, KEY_TERM_FIRST, NEEDS_DBIAS, EVEN_J, D, TI, TJ)),
         (_copy, (to_copy, D, TI, TJ)),
     ], [1], [24])  # fmt: skip
-
-
-class Plan:
-    """What a call that `whole_choice.refusal` lets through launches; the arguments as in `backward.launch`."""
-
-    def __init__(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        key_bias: Tensor | None,
-        key_mask: Tensor | None,
-        scale: float,
-        fill: float,
-        key_term_first: bool,
-        needs_dbias: bool,
-    ) -> None:
-        B, R, I, H, D = q.shape
-        J = k.shape[2]
-        TI, TJ = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
-        rows = whole_choice.rows_of_a_program(R, B * H, choice.multiprocessors(q.get_device()))
-        groups = triton.cdiv(R, rows)
-        self._aligned = AlignedRows(bias)
-        self._key_is_mask = key_mask is not None
-        given = {
-            **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
-            "B": B,
-            "rows": rows,
-            "NEEDS_DBIAS": needs_dbias,
-            "EVEN_J": J % SIDE.value == 0,
-            "TI": TI,
-            "TJ": TJ,
-        }
-        names = ("q", "do", "out", "k", "v", "dq", "dk", "dv")
-        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in names}
-        boxes["bias_desc"] = (1, 1, SIDE.value, SIDE.value)
-        self._run = CopyingLaunch(_triangle_attention_bwd_whole_hopper, B * H * groups, given, 8, boxes)
-        self._needs_dbias = needs_dbias
-        self._dbias_shape = (B, H, I, J) if needs_dbias else (0,)
-        self._parts_shape = (groups, B, H, TJ, TI, SIDE.value, SIDE.value) if needs_dbias else (0,)
-        self._sum = sums.sum_of_tiles(B * H, I, J, groups)
-
-    def __call__(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        key: Tensor | None,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """None where the kernel could not run."""
-        return choice.attempt(self._launch, grad_out, q, k, v, bias, key, out, row_max, row_sum)
-
-    def _launch(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        key: Tensor | None,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if key is not None and self._key_is_mask:
-            key = key.view(torch.uint8)
-        dq, dk, dv = (memory.empty(t.shape, q.dtype, q) for t in (q, k, v))
-        dbias = memory.empty(self._dbias_shape, q.dtype, q)
-        parts = memory.empty(self._parts_shape, torch.float32, q)
-        self._run(q, grad_out, out, k, v, dq, dk, dv, self._aligned(bias), key, row_max, row_sum, parts)
-        if self._needs_dbias:
-            self._sum(parts, dbias)
-        return dq, dk, dv, dbias

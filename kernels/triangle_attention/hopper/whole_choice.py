@@ -1,4 +1,4 @@
-"""When the Hopper kernel for all gradients of a row may run, and over how many rows."""
+"""When the Hopper kernels for all gradients of a row may run, which of them, and over how many rows."""
 
 from torch import Tensor
 
@@ -6,6 +6,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 LONGEST = 192  # queries and keys: beyond, dbias does not fit the registers of a multiprocessor
+_TWO_BLOCKS = 65, 128  # queries and keys of `whole_blocks.py`
 _SHORTEST = 65  # queries, two tiles of them: docs/benchmarks/log-backward.md, step 19
 _HEADS = (16, 32)  # columns D; at 64 two rows do not fit beside the bias
 
@@ -17,6 +18,12 @@ def rows_of_a_program(R: int, heads: int, processors: int) -> int:
     read that again, 16 KiB a tile, takes 1/180 of one.
     """
     return tiling.rows_of_a_group(R, heads, processors, extra=2, part=heads / 180, most=processors)
+
+
+def is_in_blocks(I: int, J: int) -> bool:
+    """Whether each block of keys has a partition of its own."""
+    shortest, longest = _TWO_BLOCKS
+    return shortest <= min(I, J) and max(I, J) <= longest
 
 
 def refusal(
@@ -39,6 +46,8 @@ def refusal(
     if (why := choice.gradient_refusal(grad_out, q)) is not None:
         return why
     assert bias is not None
+    if is_in_blocks(I, J):
+        return choice.gluon_refusal()
     if arguments.bias_is_aligned(bias) and not choice.copied_by_engine(bias):
         return "the bias repeats itself along an axis"
     if key_mask is None and key_bias is not None and key_bias.itemsize > 2 and D > 16 and min(I, J) > 128:

@@ -1,0 +1,45 @@
+"""What the logits of a row r need of its queries and keys, in pieces of 64."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended
+
+_PIECE = gl.constexpr(64)
+
+
+@gluon.jit
+def load_lines(
+    ptrs,
+    strides,
+    b,
+    r,
+    h,
+    R,
+    H,
+    I,
+    J,
+    KEY_TERM: gl.constexpr,
+    TI: gl.constexpr,
+    TJ: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    """Row maximum and row sum of each query, and the term of each key."""
+    key_ptr, row_max_ptr, row_sum_ptr = ptrs
+    stride_key_b, stride_key_r, stride_key_j = strides
+    piece = gl.arange(0, _PIECE, layout=gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    of_row = ((b * R + r).to(gl.int64) * H + h) * I
+    row_max = ()
+    row_sum = ()
+    key = ()
+    for n in gl.static_range(TI):
+        i = n * _PIECE + piece
+        row_max = appended(row_max, gl.load(row_max_ptr + of_row + i, mask=i < I, other=float("inf")))
+        row_sum = appended(row_sum, gl.load(row_sum_ptr + of_row + i, mask=i < I, other=1.0))
+    if KEY_TERM != "none":
+        key_ptr += b.to(gl.int64) * stride_key_b + r.to(gl.int64) * stride_key_r
+        for n in gl.static_range(TJ):
+            j = n * _PIECE + piece
+            key = appended(key, gl.load(key_ptr + j.to(gl.int64) * stride_key_j, mask=j < J, other=0))
+    return row_max, row_sum, key

@@ -1,0 +1,96 @@
+"""What launches the Hopper kernels for all gradients of a row: `whole_blocks.py` up to 128 keys, `whole.py` beyond."""
+
+import torch
+import triton
+from torch import Tensor
+
+from trifast_inductor.kernels.triangle_attention import arguments, memory, sums
+from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
+from trifast_inductor.kernels.triangle_attention.hopper import choice, whole, whole_blocks, whole_choice
+from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+
+
+class Plan:
+    """What a call that `whole_choice.refusal` lets through launches; the arguments as in `backward.launch`."""
+
+    def __init__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key_bias: Tensor | None,
+        key_mask: Tensor | None,
+        scale: float,
+        fill: float,
+        key_term_first: bool,
+        needs_dbias: bool,
+    ) -> None:
+        B, R, I, H, D = q.shape
+        J = k.shape[2]
+        TI, TJ = triton.cdiv(I, sums.SIDE.value), triton.cdiv(J, sums.SIDE.value)
+        rows = whole_choice.rows_of_a_program(R, B * H, choice.multiprocessors(q.get_device()))
+        groups = triton.cdiv(R, rows)
+        self._key_is_mask = key_mask is not None
+        given = {
+            **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
+            "B": B,
+            "rows": rows,
+            "NEEDS_DBIAS": needs_dbias,
+            "EVEN_J": J % sums.SIDE.value == 0,
+        }
+        box = (1, 1, sums.SIDE.value, 1, D)
+        boxes = {f"{name}_desc": box for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
+        self._aligned: AlignedRows | None = None  # a bias that is copied box by box has to be
+        if whole_choice.is_in_blocks(I, J):
+            kernel, num_warps = whole_blocks._triangle_attention_bwd_whole_blocks_hopper, 4
+        else:
+            kernel, num_warps = whole._triangle_attention_bwd_whole_hopper, 8
+            given |= {"TI": TI, "TJ": TJ}
+            boxes["bias_desc"] = (1, 1, sums.SIDE.value, sums.SIDE.value)
+            self._aligned = AlignedRows(bias)
+        self._run = CopyingLaunch(kernel, B * H * groups, given, num_warps, boxes)
+        self._needs_dbias = needs_dbias
+        self._dbias_shape = (B, H, I, J) if needs_dbias else (0,)
+        self._parts_shape = (groups, B, H, TJ, TI, sums.SIDE.value, sums.SIDE.value) if needs_dbias else (0,)
+        self._sum = sums.sum_of_tiles(B * H, I, J, groups)
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """None where the kernel could not run."""
+        return choice.attempt(self._launch, grad_out, q, k, v, bias, key, out, row_max, row_sum)
+
+    def _launch(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        key: Tensor | None,
+        out: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if key is not None and self._key_is_mask:
+            key = key.view(torch.uint8)
+        dq, dk, dv = (memory.empty(t.shape, q.dtype, q) for t in (q, k, v))
+        dbias = memory.empty(self._dbias_shape, q.dtype, q)
+        parts = memory.empty(self._parts_shape, torch.float32, q)
+        if self._aligned is not None:
+            bias = self._aligned(bias)
+        self._run(q, grad_out, out, k, v, dq, dk, dv, bias, key, row_max, row_sum, parts)
+        if self._needs_dbias:
+            self._sum(parts, dbias)
+        return dq, dk, dv, dbias
