@@ -9,8 +9,8 @@ of rows are then summed apart and added up, by the last of them or by a kernel (
 products where five would do. The kernels are in `portable/`; short sequences take all of them in one launch.
 
 On Hopper one kernel makes five where dbias fits the registers: `portable/whole.py`, up to 64 queries and keys, and
-those of `hopper/whole_plan.py`, up to 192. `launch` hands long sequences of 16 bits to the kernels of `lean/`; `lean/launch.py` says
-which.
+those of `hopper/whole_plan.py`, up to 192. `launch` hands long sequences of 16 bits to the kernels of `lean/`;
+`lean/launch.py` says which.
 
 A key term that selects cuts ds off from q and k; from the bias as well, unless the bias came after it.
 """

@@ -11,7 +11,7 @@ from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-SIDE = tl.constexpr(64)  # of the tiles that `hopper/whole.py` leaves
+SIDE = tl.constexpr(64)  # of the tiles that `hopper/whole.py` and `hopper/whole_by_key.py` leave
 # Of eight groups at a time, so that their loads are under way together, and of few elements, for many programs.
 _TILE = Tile(BLOCK_I=8, BLOCK_J=256, num_warps=4, num_stages=1)
 

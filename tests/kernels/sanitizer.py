@@ -162,9 +162,10 @@ def judged(tool: str, report: str) -> int:
 
 
 def _races(report: str) -> int:
-    """How many racecheck found that are neither of two things that Triton's own code does, which are counted.
+    """How many racecheck found that are none of three things, which are counted; Triton's own code does the first two.
 
-    It does not follow the barriers between the warps of a program and those that wait for a partition.
+    It does not follow the barriers between the warps of a program and those that wait for a partition, nor a barrier at
+    which one thread arrives for the others of its partition, once they have met: lines that say "handed over".
     """
     ours, apart = [], Counter[str]()
     for block in report.split("Race reported between ")[1:]:
@@ -174,6 +175,8 @@ def _races(report: str) -> int:
             apart["threads that hold the same element write it, by one instruction"] += 1
         elif {int(each[3]) for each in found} <= _lines_of_dispatch(kernel):
             apart["warps that wait for a partition are handed its number and what it is given"] += 1
+        elif {int(each[3]) for each in found} <= _lines_handed_over(kernel):
+            apart["a partition hands over what it has stored: one thread arrives for those it has met"] += 1
         else:
             ours.append(block.strip())
     for race in ours:
@@ -186,15 +189,27 @@ def _races(report: str) -> int:
 
 def _lines_of_dispatch(kernel: str) -> set[int]:
     """Of a Gluon kernel: that of its name, which code gets that has no line, and the statement of `warp_specialize`."""
+    lines = _source(kernel)
+    if not lines:
+        return set()
+    head = lines.index(f"def {kernel}(")
+    dispatch = next(n for n in range(head, len(lines)) if "gl.warp_specialize(" in lines[n])
+    while lines[dispatch].startswith("        "):
+        dispatch -= 1
+    return {head + 1, dispatch + 1}
+
+
+def _lines_handed_over(kernel: str) -> set[int]:
+    return {n for n, line in enumerate(_source(kernel), 1) if "# handed over by " in line}
+
+
+def _source(kernel: str) -> list[str]:
+    """The lines of the file with a Gluon kernel."""
     for path in Path(choice.__file__).parent.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if f"def {kernel}(" in lines:
-            head = lines.index(f"def {kernel}(")
-            dispatch = next(n for n in range(head, len(lines)) if "gl.warp_specialize(" in lines[n])
-            while lines[dispatch].startswith("        "):
-                dispatch -= 1
-            return {head + 1, dispatch + 1}
-    return set()
+            return lines
+    return []
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def test_programs_end_together(R, heads, rows):
     assert whole_choice.rows_of_a_program(R, heads, 132) == rows
 
 
-def test_blocks_of_keys_have_partitions_where_there_are_two():
-    assert [whole_choice.is_in_blocks(I, J) for I, J in ((65, 65), (128, 100), (128, 64), (129, 128), (64, 65))] == [
+def test_warps_own_keys_from_65_to_128():
+    assert [whole_choice.is_by_key(I, J) for I, J in ((65, 65), (128, 100), (128, 64), (129, 128), (64, 65))] == [
         *(True, True),
         *(False, False, False),
     ]
@@ -166,7 +166,7 @@ def test_blocks_of_keys_have_partitions_where_there_are_two():
 COMPILE = """
 import sys
 from tests.kernels.gluon_compile import desc, report
-from trifast_inductor.kernels.triangle_attention.hopper import whole, whole_blocks
+from trifast_inductor.kernels.triangle_attention.hopper import whole, whole_by_key
 
 TI, TJ, key_term, key, D = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
 constants = dict(D=D, KEY_TERM=key_term, KEY_TERM_FIRST=False, NEEDS_DBIAS=True, EVEN_J=False)
@@ -174,7 +174,8 @@ types = {f"{name}_desc": desc("bf16", [1, 1, 64, 1, D]) for name in ("q", "do", 
 types |= {f"{name}_ptr": "*fp32" for name in ("row_max", "row_sum", "parts")} | {"scale": "fp32", "fill": "fp32"}
 types |= {"bias_desc": desc("bf16", [1, 1, 64, 64]), "bias_ptr": "*bf16", "key_ptr": key}
 if TI == TJ == 2:
-    report(whole_blocks._triangle_attention_bwd_whole_blocks_hopper, types, constants, num_warps=4)
+    types |= {f"{name}_desc": desc("bf16", [1, 1, 128, 1, D]) for name in ("k", "v", "dk", "dv")}
+    report(whole_by_key._triangle_attention_bwd_whole_by_key_hopper, types, constants, num_warps=8)
 else:
     report(whole._triangle_attention_bwd_whole_hopper, types, constants | dict(TI=TI, TJ=TJ), num_warps=8)
 """

@@ -63,3 +63,11 @@ def test_races_are_ours_unless_triton_makes_them(capsys):
     handed_over = RACE.format("_triangle_attention_fwd_hopper", line, line)
     assert sanitizer.judged("racecheck", RACES.format(handed_over)) == 0
     assert "1 reports set apart" in capsys.readouterr().out
+
+
+def test_races_are_ours_unless_lines_say_that_a_partition_hands_over(capsys):
+    kernel = "_triangle_attention_bwd_whole_by_key_hopper"
+    store, *others = sorted(sanitizer._lines_handed_over(kernel))
+    assert sanitizer.judged("racecheck", RACES.format(RACE.format(kernel, store, others[0]))) == 0
+    assert "1 reports set apart: a partition hands over" in capsys.readouterr().out
+    assert sanitizer.judged("racecheck", RACES.format(RACE.format(kernel, store, store + 20))) == 1

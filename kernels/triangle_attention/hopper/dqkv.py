@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
-from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, unpack_square
+from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, unpacked_tile
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 
@@ -214,7 +214,7 @@ def _walk(
                 do = do_smem.index(here).reshape([SIDE, D])
                 q = q_smem.index(here).reshape([SIDE, D])
                 dp = _product(left_of_dp, terms_smem.index(here), v, do, dp)
-                p32 = exp2(unpack_square(words, dtype, X) * LOG2E + x * factor)
+                p32 = exp2(unpacked_tile(words, dtype, X) * LOG2E + x * factor)
                 p = gl.convert_layout(p32.to(dtype), OF_OUT)
                 slot, phase = advance(slot, phase, STAGES)
                 # The logits of the next tile; those after the last are not used.

@@ -27,23 +27,25 @@ def unpack(words, dtype: gl.constexpr, BLOCK_J: gl.constexpr, NUM_WARPS: gl.cons
 
 
 @gluon.jit
-def unpack_square(words, dtype: gl.constexpr, X: gl.constexpr):
-    """`[64, 64]` in float32 of the words of `lean/words.py` or `pack_square`; nothing moves between threads."""
+def unpacked_tile(words, dtype: gl.constexpr, X: gl.constexpr):
+    """In float32 the tile of 64 columns, 16 rows to a warp, that `lean/words.py` or `packed_tile` packed, in place."""
+    ROWS: gl.constexpr = words.shape[0]
     if dtype == gl.bfloat16:
         high = (words & -65536).to(gl.float32, bitcast=True)
         low = (words << 16).to(gl.float32, bitcast=True)
     else:
         high = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
         low = words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-    x = gl.join(low, high).reshape([4, 4, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6])
-    return gl.convert_layout(x.reshape([64, 64]), X, assert_trivial=True)
+    x = gl.join(low, high).reshape([4, ROWS // 16, 8, 4, 2, 2, 2]).permute([1, 5, 2, 0, 4, 3, 6])
+    return gl.convert_layout(x.reshape([ROWS, 64]), X, assert_trivial=True)
 
 
 @gluon.jit
-def pack_square(x):
-    """`[64, 32]` words of a 16-bit tile `[64, 64]`, of which a thread finds its own side by side."""
-    x = x.reshape([4, 2, 8, 4, 2, 4, 2]).permute([3, 0, 2, 5, 4, 1, 6])
-    return pairs(x.reshape([64, 64]))
+def packed_tile(x):
+    """Words `[rows, 32]` of a 16-bit tile `[rows, 64]`, of which a thread finds its own side by side."""
+    ROWS: gl.constexpr = x.shape[0]
+    x = x.reshape([ROWS // 16, 2, 8, 4, 2, 4, 2]).permute([3, 0, 2, 5, 4, 1, 6])
+    return pairs(x.reshape([ROWS, 64]))
 
 
 @gluon.jit

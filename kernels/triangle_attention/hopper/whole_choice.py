@@ -6,7 +6,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 LONGEST = 192  # queries and keys: beyond, dbias does not fit the registers of a multiprocessor
-_TWO_BLOCKS = 65, 128  # queries and keys of `whole_blocks.py`
+_BY_KEY = 65, 128  # queries and keys of `whole_by_key.py`: docs/benchmarks/log-backward.md, step 21
 _SHORTEST = 65  # queries, two tiles of them: docs/benchmarks/log-backward.md, step 19
 _HEADS = (16, 32)  # columns D; at 64 two rows do not fit beside the bias
 
@@ -14,15 +14,15 @@ _HEADS = (16, 32)  # columns D; at 64 two rows do not fit beside the bias
 def rows_of_a_program(R: int, heads: int, processors: int) -> int:
     """Such that programs, of which a multiprocessor holds one, end together.
 
-    Counted in rows, about a microsecond for each tile: a program takes two more to begin and to leave its dbias, and to
-    read that again, 16 KiB a tile, takes 1/180 of one.
+    Counted in rows, a microsecond at most for each tile: a program takes two more to begin and to leave its dbias, and
+    to read that again, 16 KiB a tile, takes 1/180 of one.
     """
     return tiling.rows_of_a_group(R, heads, processors, extra=2, part=heads / 180, most=processors)
 
 
-def is_in_blocks(I: int, J: int) -> bool:
-    """Whether each block of keys has a partition of its own."""
-    shortest, longest = _TWO_BLOCKS
+def is_by_key(I: int, J: int) -> bool:
+    """Whether `whole_by_key.py` serves a call that is not refused, in three quarters of the time."""
+    shortest, longest = _BY_KEY
     return shortest <= min(I, J) and max(I, J) <= longest
 
 
@@ -46,7 +46,7 @@ def refusal(
     if (why := choice.gradient_refusal(grad_out, q)) is not None:
         return why
     assert bias is not None
-    if is_in_blocks(I, J):
+    if is_by_key(I, J):
         return choice.gluon_refusal()
     if arguments.bias_is_aligned(bias) and not choice.copied_by_engine(bias):
         return "the bias repeats itself along an axis"

@@ -1,4 +1,4 @@
-"""What launches the Hopper kernels for all gradients of a row: `whole_blocks.py` up to 128 keys, `whole.py` beyond."""
+"""What launches the Hopper kernels for all gradients of a row: by key up to 128, in tiles beyond."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, memory, sums
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
-from trifast_inductor.kernels.triangle_attention.hopper import choice, whole, whole_blocks, whole_choice
+from trifast_inductor.kernels.triangle_attention.hopper import choice, whole, whole_by_key, whole_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 
 
@@ -40,17 +40,18 @@ class Plan:
             "NEEDS_DBIAS": needs_dbias,
             "EVEN_J": J % sums.SIDE.value == 0,
         }
-        box = (1, 1, sums.SIDE.value, 1, D)
-        boxes = {f"{name}_desc": box for name in ("q", "do", "out", "k", "v", "dq", "dk", "dv")}
+        names = ("q", "do", "out", "k", "v", "dq", "dk", "dv")
+        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, sums.SIDE.value, 1, D) for name in names}
         self._aligned: AlignedRows | None = None  # a bias that is copied box by box has to be
-        if whole_choice.is_in_blocks(I, J):
-            kernel, num_warps = whole_blocks._triangle_attention_bwd_whole_blocks_hopper, 4
+        if whole_choice.is_by_key(I, J):
+            kernel = whole_by_key._triangle_attention_bwd_whole_by_key_hopper
+            boxes |= {f"{name}_desc": (1, 1, whole_by_key.KEYS.value, 1, D) for name in ("k", "v", "dk", "dv")}
         else:
-            kernel, num_warps = whole._triangle_attention_bwd_whole_hopper, 8
+            kernel = whole._triangle_attention_bwd_whole_hopper
             given |= {"TI": TI, "TJ": TJ}
             boxes["bias_desc"] = (1, 1, sums.SIDE.value, sums.SIDE.value)
             self._aligned = AlignedRows(bias)
-        self._run = CopyingLaunch(kernel, B * H * groups, given, num_warps, boxes)
+        self._run = CopyingLaunch(kernel, B * H * groups, given, 8, boxes)
         self._needs_dbias = needs_dbias
         self._dbias_shape = (B, H, I, J) if needs_dbias else (0,)
         self._parts_shape = (groups, B, H, TJ, TI, sums.SIDE.value, sums.SIDE.value) if needs_dbias else (0,)
@@ -88,9 +89,8 @@ class Plan:
         dq, dk, dv = (memory.empty(t.shape, q.dtype, q) for t in (q, k, v))
         dbias = memory.empty(self._dbias_shape, q.dtype, q)
         parts = memory.empty(self._parts_shape, torch.float32, q)
-        if self._aligned is not None:
-            bias = self._aligned(bias)
-        self._run(q, grad_out, out, k, v, dq, dk, dv, bias, key, row_max, row_sum, parts)
+        readable = bias if self._aligned is None else self._aligned(bias)
+        self._run(q, grad_out, out, k, v, dq, dk, dv, readable, key, row_max, row_sum, parts)
         if self._needs_dbias:
             self._sum(parts, dbias)
         return dq, dk, dv, dbias
