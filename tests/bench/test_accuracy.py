@@ -11,7 +11,7 @@ from trifast_inductor.bench.peers import PEERS
 from trifast_inductor.kernels.triangle_attention import reference
 
 
-@pytest.mark.parametrize("name", ["ours", "eager", "sdpa"])
+@pytest.mark.parametrize("name", ["ours", "eager", "sdpa", "sdpa-compiled"])
 @pytest.mark.parametrize("mask", ["padding", "random", "none"])
 def test_peers_agree_with_float64(name: str, mask: str, case: Case) -> None:
     case = small(layout=case.layout, mask=mask)

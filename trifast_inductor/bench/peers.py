@@ -138,6 +138,7 @@ PEERS = {
         Peer("eager", "brhid", _eager),
         Peer("inductor", "brhid", _eager, backend="inductor"),
         Peer("sdpa", "brhid", _sdpa),
+        Peer("sdpa-compiled", "brhid", _sdpa, backend="inductor"),
         Peer("flex", "brhid", _flex, backend="inductor", needs_cuda=True),
         Peer("trifast", "bhrid", _trifast, package="trifast", needs_cuda=True),
         Peer("cuequivariance", "brhid", _cuequivariance, package="cuequivariance_torch", needs_cuda=True),
