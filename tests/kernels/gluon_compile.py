@@ -3,6 +3,7 @@
 A test hands `said` a program that calls `report`: in a process of its own nothing is interpreted or compiled before.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,13 @@ def desc(kind: str, box: list[int]) -> str:
 
 
 def report(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_warps: int = 4) -> None:
-    """Prints the shared memory that is left, and what ptxas says.
+    """Prints the shared memory that is left, what ptxas says, and of how many instructions, 16 bytes each, it is.
 
     Args:
         types: of its parameters, by name; 32-bit integers need none.
     """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -42,10 +44,13 @@ def report(kernel: Any, types: dict[str, str], constants: dict[str, Any], num_wa
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print("shared memory left:", choice.SHARED_MEMORY - compiled.metadata.shared, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx, "-o", cubin]
         subprocess.run(command, check=True, stderr=sys.stdout)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-sass", cubin]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        print("instructions:", len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)))
 
 
 def said(program: str, *arguments: str) -> str:
