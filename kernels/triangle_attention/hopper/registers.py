@@ -1,4 +1,4 @@
-"""What the Hopper forward does with a tile of logits in registers: numbers from words, key terms, exponentials."""
+"""What the Hopper kernels do with a tile of logits in registers: numbers from words, key terms, exponentials."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from triton.experimental import gluon
