@@ -80,4 +80,4 @@ def test_such_a_process_compiles_the_peers_that_are_compiled(monkeypatch: pytest
 
     monkeypatch.setattr(command, "compile_only", compile_only)
     assert main(["bench", "--n", "8,16", "--n", "32", "--device", "cpu", "--compile-only"]) == 0
-    assert asked == [(32, "ours-compiled"), (32, "inductor")]
+    assert asked == [(32, "ours-compiled"), (32, "inductor"), (32, "sdpa-compiled")]
