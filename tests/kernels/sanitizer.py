@@ -169,13 +169,13 @@ def _races(report: str) -> int:
     """
     ours, apart = [], Counter[str]()
     for block in report.split("Race reported between ")[1:]:
-        found = re.findall(r"(Read|Write) access at (\w+)\+(0x[0-9a-f]+) in \S+:(\d+)", block)
-        (kind, kernel, offset, _), *others = found
+        found = re.findall(r"(Read|Write) access at (\w+)\+(0x[0-9a-f]+) in (\S+):(\d+)", block)
+        (kind, kernel, offset, *_), *others = found
         if all((kind, offset) == ("Write", other[2]) == (other[0], offset) for other in others):
             apart["threads that hold the same element write it, by one instruction"] += 1
-        elif {int(each[3]) for each in found} <= _lines_of_dispatch(kernel):
+        elif {int(each[4]) for each in found} <= _lines_of_dispatch(kernel):
             apart["warps that wait for a partition are handed its number and what it is given"] += 1
-        elif {int(each[3]) for each in found} <= _lines_handed_over(kernel):
+        elif {(each[3], int(each[4])) for each in found} <= _places_handed_over():
             apart["a partition hands over what it has stored: one thread arrives for those it has met"] += 1
         else:
             ours.append(block.strip())
@@ -189,27 +189,25 @@ def _races(report: str) -> int:
 
 def _lines_of_dispatch(kernel: str) -> set[int]:
     """Of a Gluon kernel: that of its name, which code gets that has no line, and the statement of `warp_specialize`."""
-    lines = _source(kernel)
-    if not lines:
-        return set()
-    head = lines.index(f"def {kernel}(")
-    dispatch = next(n for n in range(head, len(lines)) if "gl.warp_specialize(" in lines[n])
-    while lines[dispatch].startswith("        "):
-        dispatch -= 1
-    return {head + 1, dispatch + 1}
-
-
-def _lines_handed_over(kernel: str) -> set[int]:
-    return {n for n, line in enumerate(_source(kernel), 1) if "# handed over by " in line}
-
-
-def _source(kernel: str) -> list[str]:
-    """The lines of the file with a Gluon kernel."""
     for path in Path(choice.__file__).parent.glob("*.py"):
         lines = path.read_text(encoding="utf-8").splitlines()
         if f"def {kernel}(" in lines:
-            return lines
-    return []
+            head = lines.index(f"def {kernel}(")
+            dispatch = next(n for n in range(head, len(lines)) if "gl.warp_specialize(" in lines[n])
+            while lines[dispatch].startswith("        "):
+                dispatch -= 1
+            return {head + 1, dispatch + 1}
+    return set()
+
+
+def _places_handed_over() -> set[tuple[str, int]]:
+    """Files and lines of Gluon kernels that say so."""
+    return {
+        (path.name, n)
+        for path in Path(choice.__file__).parent.glob("*.py")
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "# handed over by " in line
+    }
 
 
 if __name__ == "__main__":

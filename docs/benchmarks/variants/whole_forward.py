@@ -34,6 +34,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, forward, memo
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.lines import own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, row_max
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
@@ -257,12 +258,9 @@ def fwd_whole_hopper(
     fence_async_shared()
     barrier()
 
-    pid = gl.program_id(0)
-    h = pid % H
-    b = pid // H % B
-    first_row = pid // (B * H) * rows
-    last_row = gl.minimum(first_row + rows, R)
-    turns = (last_row - first_row + ROWS - 1) // ROWS
+    b, h, _, first_row, count = own_rows(B, R, H, rows)
+    last_row = first_row + count
+    turns = (count + ROWS - 1) // ROWS
     to_copy = (
         q_desc, k_desc, v_desc, bias_desc, q_smem, k_smem, v_smem, bias_smem, key_smem, full, empty, lines_full,
         key_ptr, (stride_key_b, stride_key_r, stride_key_j), b, h, first_row, turns, R, J, fill,

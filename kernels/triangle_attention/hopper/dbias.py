@@ -34,6 +34,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as p
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
+from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 
 TILE = gl.constexpr(dbias_choice.TILE)
@@ -62,10 +63,7 @@ def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr)
             async_load(key_desc, [((b * R + r) * tiles_j + tile_j) * 8, 0], bar, key_smem.index(slot))
         async_load(do_desc, i_at, bar, do_smem.index(slot))
         async_load(v_desc, j_at, bar, v_smem.index(slot))
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -172,10 +170,7 @@ def _sum_rows(
             p = _probabilities(later_x, shift, factor, key, masked, N * HALVES + 1, KEY_TERM)
             later_acc = later_acc + p * (later_dp - gl.expand_dims(delta, 1))
         mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
 
     i = tile_i * TILE + 64 * M + gl.arange(0, 64, layout=gl.SliceLayout(1, X))
     j = tile_j * TILE + COLUMNS * N + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, X))

@@ -32,6 +32,7 @@ from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, mul
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepare, Prepared
 from trifast_inductor.kernels.triangle_attention.hopper.items import place
+from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
 
@@ -86,10 +87,7 @@ def _copy(
                     words_at = [((block * stages + stage) * TILES + tile) * BLOCK_I, 0]
                     into = words_smem.index((slot * BLOCKS + n) * TILES + tile)
                     async_load(words_desc, words_at, full.index(slot), into)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
 
 
 # Compiled once for all lengths.

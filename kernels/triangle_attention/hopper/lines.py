@@ -1,4 +1,4 @@
-"""What the logits of a row r need of its queries and keys, in pieces of 64."""
+"""Rows r that a program owns, and what the logits of one need of its queries and keys, in pieces of 64."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from triton.experimental import gluon
@@ -7,6 +7,15 @@ from triton.experimental.gluon import language as gl
 from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended
 
 _PIECE = gl.constexpr(64)
+
+
+@gluon.jit
+def own_rows(B, R, H, rows):
+    """Of which head a program owns rows, which group of them it is, its first row, and how many they are."""
+    pid = gl.program_id(0)
+    group = pid // (B * H)
+    first_row = group * rows
+    return pid // H % B, pid % H, group, first_row, gl.minimum(rows, R - first_row)
 
 
 @gluon.jit
@@ -43,3 +52,20 @@ def load_lines(
             j = n * _PIECE + piece
             key = appended(key, gl.load(key_ptr + j.to(gl.int64) * stride_key_j, mask=j < J, other=0))
     return row_max, row_sum, key
+
+
+@gluon.jit
+def leave_lines(lines, smems, do_smem, out_smem, D: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Into shared memory what `load_lines` has loaded, the log2 of the row sum, and δ; all are tuples of pieces."""
+    row_max, row_sum, key = lines
+    max_smem, sum_smem, key_smem, delta_smem = smems
+    THREADS: gl.constexpr = NUM_WARPS // 2  # to a query
+    ROWS: gl.constexpr = gl.BlockedLayout([1, D // THREADS], [32 // THREADS, THREADS], [NUM_WARPS, 1], [1, 0])
+    for n in gl.static_range(len(key)):
+        key_smem[n].store(key[n])  # handed over by lines_full
+    for n in gl.static_range(len(row_max)):
+        max_smem[n].store(row_max[n])  # handed over by lines_full
+        sum_smem[n].store(gl.log2(row_sum[n]))  # handed over by lines_full
+        out = out_smem[n].reshape([_PIECE, D]).load(ROWS).to(gl.float32)
+        do = do_smem[n].reshape([_PIECE, D]).load(ROWS).to(gl.float32)
+        delta_smem[n].store(gl.sum(out * do, 1))  # handed over by lines_full

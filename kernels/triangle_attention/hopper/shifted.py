@@ -24,6 +24,7 @@ from trifast_inductor.kernels.triangle_attention.hopper.registers import (
     row_sums,
     unpack,
 )
+from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 
 
 @gluon.jit
@@ -96,10 +97,7 @@ def attend_shifted(
                     x = x + gl.expand_dims(terms, 0)
                 here = slot
                 if n == TILES - 1:
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
+                    slot, phase = advance(slot, phase, STAGES)
                     if stage == stages - 1:
                         mbarrier.wait(q_full, turn & 1, pred=item + gl.num_programs(0) < items)
                         q = pairs(q_smem.index(WHICH).reshape([BLOCK_I, D]).load(Q))

@@ -16,6 +16,15 @@ def replaced(values, n: gl.constexpr, value):
 
 
 @gluon.jit
+def places(smem, first, count: gl.constexpr):
+    """So many pieces of an allocation, side by side."""
+    several = ()
+    for n in gl.static_range(count):
+        several = appended(several, smem.index(first + n))
+    return several
+
+
+@gluon.jit
 def zeros(count: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
     several = ()
     for _ in gl.static_range(count):

@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention.hopper.lines import load_lines
+from trifast_inductor.kernels.triangle_attention.hopper.lines import leave_lines, load_lines, own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, added_now, exp2, with_key_term
-from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended, replaced, zeros
+from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended, places, replaced, zeros
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
@@ -71,22 +71,6 @@ def _copy(shared, D: gl.constexpr, TI: gl.constexpr, TJ: gl.constexpr):
             async_load(v_desc, [b, r, j * SIDE, h, 0], bar, v_smem.index(stage * TJ + j))
         for i in gl.static_range(TI):
             async_load(out_desc, [b, r, i * SIDE, h, 0], bar, out_smem[i])
-
-
-@gluon.jit
-def _keep_lines(lines, smems, do_smem, out_smem, stage, D: gl.constexpr, TI: gl.constexpr):
-    """Into shared memory what `load_lines` has loaded, and δ."""
-    row_max, row_sum, key = lines
-    max_smem, sum_smem, key_smem, delta_smem = smems
-    ROWS: gl.constexpr = gl.BlockedLayout([1, D // 4], [8, 4], [8, 1], [1, 0])
-    for n in gl.static_range(len(key)):
-        key_smem[n].store(key[n])
-    for n in gl.static_range(TI):
-        max_smem[n].store(row_max[n])
-        sum_smem[n].store(gl.log2(row_sum[n]))
-        out = out_smem[n].reshape([SIDE, D]).load(ROWS).to(gl.float32)
-        do = do_smem.index(stage * TI + n).reshape([SIDE, D]).load(ROWS).to(gl.float32)
-        delta_smem[n].store(gl.sum(out * do, 1))
 
 
 @gluon.jit
@@ -148,7 +132,7 @@ def _walk(
     x = gl.zeros([SIDE, SIDE], gl.float32, X)
     dp = gl.zeros([SIDE, SIDE], gl.float32, X)
     mbarrier.wait(full.index(0), 0)
-    _keep_lines(lines, line_smems, do_smem, out_smem, 0, D, TI)
+    leave_lines(lines, line_smems, places(do_smem, 0, TI), out_smem, D, 8)
     barrier()
     x, dp = _logits_and_dp(smems, 0, x, dp, 0, 0, D, (TI, TJ))
     x, dp = warpgroup_mma_wait(0, deps=(x, dp))
@@ -207,7 +191,7 @@ def _walk(
                 if i == TI - 1 and j == TJ - 1:
                     next_stage = (n + 1) % STAGES
                     mbarrier.wait(full.index(next_stage), (n + 1) // STAGES & 1, pred=has_next)
-                    _keep_lines(lines, line_smems, do_smem, out_smem, next_stage, D, TI)
+                    leave_lines(lines, line_smems, places(do_smem, next_stage * TI, TI), out_smem, D, 8)
                 if i == 1 or TJ == 1:
                     # From the next tile on what is stored lies where those lay.
                     store_wait(0)
@@ -333,12 +317,7 @@ def _triangle_attention_bwd_whole_hopper(
     fence_async_shared()
     barrier()
 
-    pid = gl.program_id(0)
-    h = pid % H
-    b = pid // H % B
-    group = pid // (B * H)
-    first_row = group * rows
-    count = gl.minimum(rows, R - first_row)
+    b, h, group, first_row, count = own_rows(B, R, H, rows)
     to_copy = (
         q_desc, do_desc, out_desc, k_desc, v_desc, bias_desc, q_smem, do_smem, out_smem, k_smem, v_smem, bias_smem,
         full, empty, b, h, first_row, count,

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention.hopper.lines import load_lines
+from trifast_inductor.kernels.triangle_attention.hopper.lines import leave_lines, load_lines, own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import (
     LOG2E,
     added_now,
@@ -35,7 +35,7 @@ from trifast_inductor.kernels.triangle_attention.hopper.registers import (
     with_key_term,
 )
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
-from trifast_inductor.kernels.triangle_attention.hopper.tuples import replaced, zeros
+from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended, places, replaced, zeros
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
 
 SIDE = gl.constexpr(64)  # queries of a tile
@@ -147,7 +147,7 @@ def _walk(
             p = exp2((x - of_max) * LOG2E - of_sum)
             p16 = gl.convert_layout(p.to(dtype), OF_OUT)
             if n > 0:
-                dp, dk, dv = warpgroup_mma_wait(0, deps=(dp, dk, dv))
+                dp, dk = warpgroup_mma_wait(0, deps=(dp, dk))
             else:
                 dp = warpgroup_mma_wait(0, deps=(dp,))
             dv = warpgroup_mma(p16, do, dv, use_acc=n > 0, is_async=True)
@@ -196,45 +196,35 @@ def _walk(
 
 
 @gluon.jit
-def _leave_lines(lines, smems, do_smem, out_smem, slot, D: gl.constexpr):
-    """Into shared memory what `load_lines` has loaded, and δ."""
-    row_max, row_sum, key = lines
-    max_smem, sum_smem, key_smem, delta_smem = smems
-    ROWS: gl.constexpr = gl.BlockedLayout([1, D // 2], [16, 2], [4, 1], [1, 0])
-    for n in gl.static_range(len(key)):
-        key_smem.index(slot).slice(n * SIDE, SIDE).store(key[n])  # handed over by lines_full
-    for n in gl.static_range(TI):
-        max_smem.index(slot * TI + n).store(row_max[n])  # handed over by lines_full
-        sum_smem.index(slot * TI + n).store(gl.log2(row_sum[n]))  # handed over by lines_full
-        out = out_smem.index(slot * TI + n).reshape([SIDE, D]).load(ROWS).to(gl.float32)
-        do = do_smem.index(slot * TI + n).reshape([SIDE, D]).load(ROWS).to(gl.float32)
-        delta_smem.index(slot * TI + n).store(gl.sum(out * do, 1))  # handed over by lines_full
-    barrier()
-
-
-@gluon.jit
 def _sum_dq(shared, KEY_TERM: gl.constexpr, D: gl.constexpr):
     """What the others want of a row's queries and keys, a row ahead, and dq."""
     (
         dq_desc, k_smem, do_smem, out_smem, ds_smem, dq_smem, line_smems, full, empty, lines_full, ds_full, ds_empty,
         ptrs, strides, b, h, first_row, count, R, H, I, J, scale,
     ) = shared  # fmt: skip
+    max_smem, sum_smem, key_smem, delta_smem = line_smems
     dtype: gl.constexpr = k_smem.dtype
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     slot = 0
     phase = 0
     ahead = 0
     ahead_phase = 0
-    lines = load_lines(ptrs, strides, b, first_row, h, R, H, I, J, KEY_TERM, TI, 2, 4)
+    lines = load_lines(ptrs, strides, b, first_row, h, R, H, I, J, KEY_TERM, TI, KEYS // SIDE, 4)
     for n_row in range(count + 1):
         if n_row < count:
             mbarrier.wait(full.index(ahead), ahead_phase)
-            _leave_lines(lines, line_smems, do_smem, out_smem, ahead, D)
+            keys = ()
+            for n in gl.static_range(len(lines[2])):  # none where there is no key term
+                keys = appended(keys, key_smem.index(ahead).slice(n * SIDE, SIDE))
+            first = ahead * TI
+            smems = (places(max_smem, first, TI), places(sum_smem, first, TI), keys, places(delta_smem, first, TI))
+            leave_lines(lines, smems, places(do_smem, first, TI), places(out_smem, first, TI), D, 4)
+            barrier()
             mbarrier.arrive(lines_full.index(ahead), count=1)
             ahead, ahead_phase = advance(ahead, ahead_phase, STAGES)
         # A turn ahead: from memory it takes as long as half a row.
         next_row = first_row + gl.minimum(n_row + 1, count - 1)
-        lines = load_lines(ptrs, strides, b, next_row, h, R, H, I, J, KEY_TERM, TI, 2, 4)
+        lines = load_lines(ptrs, strides, b, next_row, h, R, H, I, J, KEY_TERM, TI, KEYS // SIDE, 4)
         if n_row > 0:
             for n in gl.static_range(TI):
                 mbarrier.wait(ds_full.index(n), n_row - 1 & 1)
@@ -326,12 +316,7 @@ def _triangle_attention_bwd_whole_by_key_hopper(
         mbarrier.init(ds_empty.index(n), count=1)
     fence_async_shared()
     barrier()
-    pid = gl.program_id(0)
-    h = pid % H
-    b = pid // H % B
-    group = pid // (B * H)
-    first_row = group * rows
-    count = gl.minimum(rows, R - first_row)
+    b, h, group, first_row, count = own_rows(B, R, H, rows)
     to_copy = (
         q_desc, do_desc, out_desc, k_desc, v_desc, q_smem, do_smem, out_smem, k_smem, v_smem, full, empty, b, h,
         first_row, count,

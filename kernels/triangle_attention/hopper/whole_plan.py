@@ -29,7 +29,8 @@ class Plan:
     ) -> None:
         B, R, I, H, D = q.shape
         J = k.shape[2]
-        TI, TJ = triton.cdiv(I, sums.SIDE.value), triton.cdiv(J, sums.SIDE.value)
+        SIDE = sums.SIDE.value
+        TI, TJ = triton.cdiv(I, SIDE), triton.cdiv(J, SIDE)
         rows = whole_choice.rows_of_a_program(R, B * H, choice.multiprocessors(q.get_device()))
         groups = triton.cdiv(R, rows)
         self._key_is_mask = key_mask is not None
@@ -38,10 +39,10 @@ class Plan:
             "B": B,
             "rows": rows,
             "NEEDS_DBIAS": needs_dbias,
-            "EVEN_J": J % sums.SIDE.value == 0,
+            "EVEN_J": J % SIDE == 0,
         }
         names = ("q", "do", "out", "k", "v", "dq", "dk", "dv")
-        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, sums.SIDE.value, 1, D) for name in names}
+        boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE, 1, D) for name in names}
         self._aligned: AlignedRows | None = None  # a bias that is copied box by box has to be
         if whole_choice.is_by_key(I, J):
             kernel = whole_by_key._triangle_attention_bwd_whole_by_key_hopper
@@ -49,28 +50,17 @@ class Plan:
         else:
             kernel = whole._triangle_attention_bwd_whole_hopper
             given |= {"TI": TI, "TJ": TJ}
-            boxes["bias_desc"] = (1, 1, sums.SIDE.value, sums.SIDE.value)
+            boxes["bias_desc"] = (1, 1, SIDE, SIDE)
             self._aligned = AlignedRows(bias)
         self._run = CopyingLaunch(kernel, B * H * groups, given, 8, boxes)
         self._needs_dbias = needs_dbias
         self._dbias_shape = (B, H, I, J) if needs_dbias else (0,)
-        self._parts_shape = (groups, B, H, TJ, TI, sums.SIDE.value, sums.SIDE.value) if needs_dbias else (0,)
+        self._parts_shape = (groups, B, H, TJ, TI, SIDE, SIDE) if needs_dbias else (0,)
         self._sum = sums.sum_of_tiles(B * H, I, J, groups)
 
-    def __call__(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor,
-        key: Tensor | None,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """None where the kernel could not run."""
-        return choice.attempt(self._launch, grad_out, q, k, v, bias, key, out, row_max, row_sum)
+    def __call__(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Of the tensors of `_launch`; None where the kernel could not run."""
+        return choice.attempt(self._launch, *tensors)
 
     def _launch(
         self,
