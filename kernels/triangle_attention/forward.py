@@ -4,7 +4,8 @@
 
 Source: Jumper et al. 2021, Supplementary Algorithms 13 and 14; the softmax is summed as in Dao et al. 2022,
 Algorithm 1. The portable path: no layout, size or architecture is assumed beyond what `op.py` states. On Hopper
-`launch` hands long sequences of 16 bits to `hopper/forward.py`; `hopper/choice.py` says which.
+`launch` hands long sequences of 16 bits to `hopper/forward.py` and shorter ones to `hopper/whole_forward.py`;
+`hopper/choice.py` and `hopper/whole_forward_choice.py` say which.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -20,6 +21,7 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory, tilin
 from trifast_inductor.kernels.triangle_attention.arguments import float32_precision
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
+from trifast_inductor.kernels.triangle_attention.hopper import whole_forward_choice
 from trifast_inductor.kernels.triangle_attention.launching import Launch, cuda_arch, on_device_of
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
@@ -182,8 +184,8 @@ class _Plan:
         self.is_empty = self.has_no_keys or 0 in self.out_shape
         self.on_hopper: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         numbers = (scale, fill, key_term_first)
-        if not self.is_empty and hopper.refusal(q, k, v, bias, key_mask, *numbers) is None:
-            self.on_hopper = hopper.attempt(_planned_on_hopper, q, k, v, bias, key_bias, key_mask, *numbers)
+        if not self.is_empty and (planned := plan_on_hopper(q, k, v, bias, key_mask, *numbers)) is not None:
+            self.on_hopper = hopper.attempt(planned, q, k, v, bias, key_bias, key_mask, *numbers)
         self.portable: _Portable | None = None  # once it is asked for
         self.recorder = Recorder()
 
@@ -262,7 +264,31 @@ def _launch(plan: _Plan, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _run(plan, *given)
 
 
-def _planned_on_hopper(*given: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def plan_on_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    fill: float,
+    key_term_first: bool,
+) -> Callable[..., Callable[..., tuple[Tensor, Tensor, Tensor]]] | None:
+    """What plans such a call, which is not empty, for a kernel in Gluon; None where the portable one takes it."""
+    if whole_forward_choice.refusal(q, k, v, bias) is None:
+        return _planned_whole
+    if hopper.refusal(q, k, v, bias, key_mask, scale, fill, key_term_first) is None:
+        return _planned_long
+    return None
+
+
+def _planned_whole(*given: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from trifast_inductor.kernels.triangle_attention.hopper import whole_forward
+
+    return whole_forward.Plan(*given)
+
+
+def _planned_long(*given: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from trifast_inductor.kernels.triangle_attention.hopper import forward as on_hopper
 
     return on_hopper.Plan(*given)

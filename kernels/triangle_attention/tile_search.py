@@ -87,14 +87,15 @@ def serves(device: int, key: Key) -> bool:
     """
     if not hopper.is_hopper(device):
         return True
-    return any(_is_portable(device, key, length) for length in (key.length // 2 + 1, key.length))
+    lengths = (key.length // 2 + 1, 3 * key.length // 4 + 1, key.length)
+    return any(_is_portable(device, key, length) for length in lengths)
 
 
 def _is_portable(device: int, key: Key, length: int) -> bool:
     make = functools.partial(torch.empty, device=torch.device("cuda", device))
     grad_out, q, k, v, bias, key_bias = _operands(key, length, make)
     if key.kernel == "forward":
-        return hopper.refusal(q, k, v, bias, None, *_NUMBERS) is not None
+        return forward.plan_on_hopper(q, k, v, bias, None, *_NUMBERS) is None
     return backward.plan_elsewhere(grad_out, q, k, v, bias, key_bias, None, fill=0.0) is None
 
 

@@ -24,7 +24,13 @@ from typing import Any
 import torch
 
 from trifast_inductor.kernels.triangle_attention import backward, op, tuning
-from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_choice, dqkv_choice, whole_choice
+from trifast_inductor.kernels.triangle_attention.hopper import (
+    choice,
+    dbias_choice,
+    dqkv_choice,
+    whole_choice,
+    whole_forward_choice,
+)
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 from trifast_inductor.kernels.triangle_attention.portable import whole
 from trifast_inductor.options import integers
@@ -58,6 +64,7 @@ def cases() -> list[Callable[[], None]]:
 
 
 def _launch_in_one_pass(*case: Any) -> None:
+    whole_forward_choice._FEWEST_ROWS = {2: 1, 3: 1}
     backward._plans.clear()
     _launch(*case)
     if all(plan.elsewhere is None for plan in backward._plans.values()):
@@ -94,7 +101,7 @@ def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options:
 
 def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
-    whole.LONGEST = whole_choice.LONGEST = 0
+    whole.LONGEST = whole_choice.LONGEST = whole_forward_choice.LONGEST = 0
     lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
     choice._FEWEST_ITEMS = dqkv_choice._SHORTEST = dbias_choice._FEWEST_LOGITS = 1
     dbias_choice._MOST_PADDED = float("inf")

@@ -125,7 +125,7 @@ def test_it_reads_well() -> None:
 @pytest.mark.parametrize(
     ("kernel", "dtype", "D", "length", "expected"),
     [
-        ("forward", torch.bfloat16, 32, 256, True),  # for lengths of 129 to 255
+        ("forward", torch.bfloat16, 32, 256, True),  # for lengths of 193 to 255
         ("forward", torch.bfloat16, 32, 512, False),
         ("forward", torch.bfloat16, 128, 512, True),
         ("forward", torch.float32, 32, 512, True),

@@ -1,25 +1,19 @@
-"""Draft of a forward of up to 192 queries and keys whose bias stays on the chip: rows of one head, one after the other.
+"""Forward of 112 to 192 queries and keys for Hopper, in Gluon: the bias stays on the chip over rows.
 
-    PYTHONPATH=. python docs/benchmarks/variants/whole_forward.py [--n 128,192,96,160,72] [--check]
+    x = scale·⟨q, k⟩ + bias (⊕ key term), out = Σ_j softmax_j(x) · v
 
-Hopper, B=1 and 4, H=4 and 8, D=32, bfloat16. First every result beside that of the portable kernel (how far apart, by
-norm; whether NaN stand where they do; whether two runs agree), then it and what is in use by graph replay. `--check`
-does the former alone, with odd sizes. docs/benchmarks/log.md, "A forward whose bias stays on the chip", says what has
-been measured and what has not.
+**Roles.** A program owns some rows r of one head, whose bias lies in shared memory over all of them. One warp copies q,
+k and v of row after row, as far ahead as there is room, and writes what keys add or are instead. Each 64 queries of a
+row have a partition of four warps, which walks the keys as the portable kernel does, exact maximum and all.
 
-The loop over keys is not unrolled: four partitions are four copies of it, and must fit the cache for instructions.
+**Code** is scarce, as in `whole_by_key.py`: partitions are as many copies of one loop, which is not unrolled for that.
+
+**Order.** The product with the next keys, of the row after too, is begun before the products with v are waited for.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
-
 import torch
 import triton
-from backward import replayed_ms  # of this directory
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,15 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention import arguments, forward, memory, tiling
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
-from trifast_inductor.kernels.triangle_attention.hopper import choice
+from trifast_inductor.kernels.triangle_attention.hopper import choice, whole_forward_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.lines import own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, row_max
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
-from trifast_inductor.testing import Inputs, random_inputs
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
 
@@ -100,7 +93,7 @@ def _copy(
                     of_row += gl.minimum(first_row + turn * ROWS + m, R - 1).to(gl.int64) * stride_r
                 for n in gl.static_range(TJ):
                     line = _line(of_row, J, n * SIDE + piece, stride_j, fill, KEY_TERM)
-                    key_smem.index((slot * ROWS + m) * TJ + n).store(line)
+                    key_smem.index((slot * ROWS + m) * TJ + n).store(line)  # handed over by lines_full
             barrier()
             mbarrier.arrive(lines_full.index(slot), count=1)
         slot, phase = advance(slot, phase, STAGES)
@@ -108,7 +101,7 @@ def _copy(
 
 @gluon.jit
 def _with_line(x, line_smem, KEY_TERM: gl.constexpr):
-    line = gl.expand_dims(line_smem.load(gl.SliceLayout(0, x.type.layout)), 0)
+    line = gl.expand_dims(line_smem.load(gl.SliceLayout(0, x.type.layout)), 0)  # handed over by lines_full
     if KEY_TERM != "select":
         return x + line
     return gl.where(line == line, line, x)
@@ -204,7 +197,7 @@ def _attend(
 
 # Compiled once for all lengths of so many tiles.
 @gluon.jit(do_not_specialize=["B", "R", "H", "I", "J", "rows"])
-def fwd_whole_hopper(
+def _triangle_attention_fwd_whole_hopper(
     q_desc,  # these [B, R, I or J, H, D]
     k_desc,
     v_desc,
@@ -270,13 +263,7 @@ def fwd_whole_hopper(
         row_sum_ptr, b, h, first_row, last_row, turns, R, H, I, scale,
     )  # fmt: skip
     # fmt: off
-    if COUNT == 2:
-        gl.warp_specialize([
-            (_attend, (to_attend, 0, HAS_LINE, KEY_TERM, KEY_TERM_FIRST, D, ROWS, TI, TJ, STAGES)),
-            (_attend, (to_attend, 1, HAS_LINE, KEY_TERM, KEY_TERM_FIRST, D, ROWS, TI, TJ, STAGES)),
-            (_copy, (to_copy, HAS_LINE, KEY_TERM, D, ROWS, TI, TJ, STAGES)),
-        ], [4, 1], [REGISTERS, 24])
-    elif COUNT == 3:
+    if COUNT == 3:
         gl.warp_specialize([
             (_attend, (to_attend, 0, HAS_LINE, KEY_TERM, KEY_TERM_FIRST, D, ROWS, TI, TJ, STAGES)),
             (_attend, (to_attend, 1, HAS_LINE, KEY_TERM, KEY_TERM_FIRST, D, ROWS, TI, TJ, STAGES)),
@@ -294,18 +281,8 @@ def fwd_whole_hopper(
     # fmt: on
 
 
-def shape_for(I: int, J: int, D: int) -> dict[str, int]:
-    """Four partitions, or three; as many rows in shared memory as there is room for, four at most."""
-    TI, TJ = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
-    ROWS = 4 // TI
-    left = choice.SHARED_MEMORY - 2 * SIDE.value * (SIDE.value * TI * TJ + ROWS * TI * D) - 1024
-    stages = min(4, left // (2 * SIDE.value * ROWS * (D * (TI + 2 * TJ) + 2 * TJ)))
-    registers = {2: 232, 3: 160, 4: 120}[ROWS * TI]
-    return {"ROWS": ROWS, "TI": TI, "TJ": TJ, "STAGES": stages, "REGISTERS": registers}
-
-
 class Plan:
-    """What a call launches; the arguments as in `forward.launch`."""
+    """What a call that `whole_forward_choice.refusal` lets through launches; the arguments as in `forward.launch`."""
 
     def __init__(
         self,
@@ -321,75 +298,30 @@ class Plan:
     ) -> None:
         B, R, I, H, D = q.shape
         J = k.shape[2]
-        shape = shape_for(I, J, D)
-        # Counted in turns: a program takes about two more to begin.
-        turns = tiling.rows_of_a_group(-(-R // shape["ROWS"]), B * H, 132, extra=2, part=0.0, most=132)
-        rows = turns * shape["ROWS"]
+        shape = whole_forward_choice.shape_for(I, J, D)
+        rows = shape.rows_of_a_program(R, B * H, choice.multiprocessors(q.get_device()))
         self._aligned = AlignedRows(bias)
         given = {
             **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
-            **shape,
+            **vars(shape),
             "B": B,
             "rows": rows,
             "EVEN_J": J % SIDE.value == 0,
-            "KEY_TERM_FIRST": key_term_first and (key_bias is not None or key_mask is not None),
         }
         boxes: dict[str, tuple[int, ...]] = {
             f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "k", "v", "out")
         }
         boxes["bias_desc"] = (1, 1, SIDE.value, SIDE.value)
-        self._run = CopyingLaunch(fwd_whole_hopper, B * H * triton.cdiv(R, rows), given, 4, boxes)
+        programs = B * H * triton.cdiv(R, rows)
+        self._run = CopyingLaunch(_triangle_attention_fwd_whole_hopper, programs, given, 4, boxes)
         self._shapes = (B, R, I, H, D), (B, R, H, I)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_bias: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As the portable `launch`, on the device that is current."""
+        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
         out = memory.empty(self._shapes[0], q.dtype, q)
         row_max, row_sum = (memory.empty(self._shapes[1], torch.float32, q) for _ in range(2))
-        key = key.view(torch.uint8) if key is not None and key.dtype == torch.bool else key
         self._run(q, k, v, out, self._aligned(bias), key, row_max, row_sum)
         return out, row_max, row_sum
-
-
-def compared(x: Inputs) -> str:
-    plan = Plan(*x.op[:4], *x.op[4:])
-    key = x.key_bias if x.key_mask is None else x.key_mask
-    found, again = (plan(x.q, x.k, x.v, x.bias, key) for _ in range(2))
-    expected = forward.portable(*x.op)
-    apart_by = [
-        float((a.float() - b.float()).nan_to_num().norm() / b.float().nan_to_num().norm().clamp(min=1e-9))
-        for a, b in zip(found, expected, strict=True)
-    ]
-    same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True))
-    nan = all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(found, expected, strict=True))
-    wrong = "" if max(apart_by) < 0.01 and same and nan else " WRONG"
-    return " ".join(f"{far:.4f}" for far in apart_by) + wrong
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", default="128,192,96,160,72")
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.check:
-        for I, J in ((128, 128), (192, 192), (100, 70), (65, 190), (40, 33), (64, 192), (150, 130), (1, 1)):
-            for key_term in ("none", "additive", "mask", "-inf mask"):
-                for D, dtype in ((32, torch.bfloat16), (16, torch.float16)):
-                    given = {"B": 2, "R": 7, "I": I, "J": J, "H": 2, "D": D, "dtype": dtype, "device": "cuda"}
-                    x = random_inputs(**given, key_term=key_term)
-                    print(f"{I} by {J}, {key_term}, D={D}: {compared(x)}", flush=True)
-        return
-    for N in map(int, arguments.n.split(",")):
-        for B, H in ((1, 4), (1, 8), (4, 4), (4, 8)):
-            for key_term in ("none", "additive", "mask"):
-                given = {"B": B, "R": N, "I": N, "J": N, "H": H, "D": 32, "dtype": torch.bfloat16, "device": "cuda"}
-                x = random_inputs(**given, key_term=key_term)
-                plan = Plan(*x.op[:4], *x.op[4:])
-                key = x.key_bias if x.key_mask is None else x.key_mask
-                used = replayed_ms(lambda x=x: lambda: forward.launch(*x.op))
-                draft = replayed_ms(lambda x=x, plan=plan, key=key: lambda: plan(x.q, x.k, x.v, x.bias, key))
-                print(f"N={N} {B} x {H} {key_term}: {compared(x)}, {used:.4f} ms, draft {draft:.4f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
