@@ -17,7 +17,7 @@ def compute_again(x: Inputs, out: torch.Tensor, row_max: torch.Tensor, row_sum: 
     I, J = x.bias.shape[2:]
     tiles = (-(-I // 64), -(-J // 64))
     key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
-    prepared = Prepare(x.bias, key, x.scale, tiles, (64, 64, 64))(x.bias, key)
+    prepared = Prepare(x.bias, key, x.scale, tiles, (64, 64, 64))(x.bias, key, row_sum)
     run = again.Again(*replace(x, bias=prepared.rows).op, tiles, 64)
     run(x.q, x.k, x.v, key, prepared, out, row_max, row_sum)
 
@@ -107,7 +107,7 @@ def test_words_hold_the_bias_over_the_scale(device, dtype):
     given[0, 0, 1, 8:15] = special  # in the other half of a word
     given = given.to(dtype).to(device)
     scale = 32**-0.5
-    words, sizes, *_ = Prepare(given, None, scale, (2, 4), (64, 64, 128))(given, None)
+    words, sizes, *_ = Prepare(given, None, scale, (2, 4), (64, 64, 128))(given, None, given)
     x = _unpacked(words, dtype, 2, 2, 4).cpu()
     assert sizes[0, 0, 0, 0] == float("inf")
     assert sizes[0, 1, 1, 1] == given[0, 1, 64:, 64:128].abs().max()
@@ -132,11 +132,31 @@ def test_key_terms_are_padded_and_flagged(device, select):
     key[0, 1, 7] = key[1, 2, 64] = key[1, 2, 149] = 1 if select else -3.0
     key = key.mT.contiguous().mT.to(device)
     bias = torch.zeros(2, 1, 1, 150, dtype=torch.bfloat16, device=device)
-    _, _, terms, flags, _ = Prepare(bias, key, 0.25, (1, 3), (64, 64, 64))(bias, key)
+    row_sum = torch.ones(2, 3, 1, 1, device=device)
+    _, _, terms, flags, left_out, _ = Prepare(bias, key, 0.25, (1, 3), (64, 64, 64))(bias, key, row_sum)
     expected = torch.zeros(2, 3, 192)
     expected[0, 1, 7] = expected[1, 2, 64] = expected[1, 2, 149] = float("-inf") if select else -12.0
     assert torch.equal(terms.cpu().view(2, 3, 192), expected)
     assert flags[:-1].view(2, 3, 3).nonzero().tolist() == [[0, 1, 0], [1, 2, 1], [1, 2, 2]]
+    assert (left_out == 0).all()
+    assert (row_sum == 1).all()
+
+
+@pytest.mark.parametrize("value", ["mask", -1e9, float("-inf"), -9000.0])
+def test_rows_with_no_key_left_are_told_of(device, value):
+    """In which all keys are left out, or as good as that; more than eight stages of them."""
+    select = value == "mask"
+    key = torch.zeros(2, 3, 1100, dtype=torch.uint8 if select else torch.bfloat16)
+    key[0, 1] = key[1, 0] = key[1, 2] = 1 if select else value
+    key[1, 2, 1099] = 0
+    key = key.to(device)
+    bias = torch.zeros(2, 4, 300, 1100, dtype=torch.bfloat16, device=device)
+    row_sum = torch.ones(2, 3, 4, 300, device=device)
+    left_out = Prepare(bias, key, 0.25, (5, 18), (64, 64, 64))(bias, key, row_sum).left_out
+    expected = torch.tensor([[0, 1, 0], [1, 0, 0]]) if value != -9000.0 else torch.zeros(2, 3, dtype=torch.int64)
+    assert left_out.view(2, 3).tolist() == expected.tolist()
+    assert torch.equal(row_sum.isnan(), (expected != 0)[:, :, None, None].expand_as(row_sum).to(device))
+    assert (row_sum[~row_sum.isnan()] == 1).all()
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -145,7 +165,7 @@ def test_rows_are_the_bias_itself_where_it_can_be_read(device, aligned, has_key_
     bias = torch.randn(1, 2, 3, 1104 if aligned else 1100, device=device).bfloat16()
     key = torch.zeros(1, 3, bias.shape[3], dtype=torch.uint8, device=device) if has_key_term else None
     tiles = (1, -(-bias.shape[3] // 64))
-    rows = Prepare(bias, key, 1.0, tiles, (64, 64, 64))(bias, key).rows
+    rows = Prepare(bias, key, 1.0, tiles, (64, 64, 64))(bias, key, torch.ones(1, 3, 2, 3, device=device)).rows
     assert (rows is bias) == aligned
     assert rows.shape == (1, 2, 3, 1104)
     assert torch.equal(rows[..., : bias.shape[3]], bias)

@@ -16,8 +16,8 @@ from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as p
 from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 
 
-def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, group: int) -> Tensor:
-    """`_triangle_attention_bwd_dbias_hopper` in torch."""
+def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, summed: Tensor, group: int) -> Tensor:
+    """`_triangle_attention_bwd_dbias_hopper` in torch, with parts of other sizes."""
     x = g.x
     B, R, I, H, _ = x.q.shape
     J = x.k.shape[2]
@@ -37,7 +37,12 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
         key = key[:, :, None, None, :J]
         qk = torch.where(masked, qk + key if x.key_mask is None else qk.fmin(key), qk)
     p = torch.exp2(qk * (x.scale * math.log2(math.e)) - shift)
-    ds = p * (dp - delta)
+    listed = torch.zeros((B, H, summed.shape[2], R), dtype=torch.bool, device=p.device)
+    for of_tile, (count, *rows) in zip(listed.flatten(0, 2), summed.flatten(0, 2).tolist(), strict=True):
+        of_tile[rows[:count]] = True
+    # What is not summed is not read: here it would be seen.
+    listed = listed.permute(0, 3, 1, 2).repeat_interleave(128, 3)[..., :I, None]
+    ds = torch.where(listed, p * (dp - delta), 0.0)
     return torch.stack([part.sum(1) for part in ds.split(group, 1)])
 
 
@@ -46,14 +51,19 @@ def dbias(g: Given, group: int = 1000) -> Tensor:
     row_tiles, far = passes.RowTerms(x.grad_out, x.k.shape[2])(x.grad_out, g.terms, g.sums)
     key_term = "add" if x.key_mask is None else "select"
     keys = None if g.key is None else passes.KeyTerms(g.key, x.scale, key_term)(g.key)
-    return finished(g, far, rows_summed(g, row_tiles, keys, group))
+    summed, walked = listed(far)
+    return finished(g, walked, rows_summed(g, row_tiles, keys, summed, group))
 
 
-def finished(g: Given, far: Tensor, parts: Tensor) -> Tensor:
+def listed(far: Tensor) -> tuple[Tensor, Tensor]:
+    return passes.Rows(far.shape[3], *far.shape[:3])(far)
+
+
+def finished(g: Given, walked: Tensor, parts: Tensor) -> Tensor:
     x = g.x
     tensors = (x.grad_out, x.q, x.k, x.v, x.bias)
     finish = passes.Finish(*tensors, parts.shape[0], arguments.shared(*x.op))
-    return finish(*tensors, g.key, g.terms, g.sums, far, parts)
+    return finish(*tensors, g.key, g.terms, g.sums, walked, parts)
 
 
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask", "-inf mask"])
@@ -90,7 +100,7 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     expected[:, :, 0, 1] = 1
     assert torch.equal(far, expected)
     parts = torch.full((2, *x.bias.shape), 0.5, device=device)
-    actual = finished(g, far, parts)
+    actual = finished(g, listed(far)[1], parts)
     other = torch.ones_like(x.bias, dtype=torch.bool)
     other[..., 2, :] = False
     other[..., 96:128, 128:] = False
@@ -116,15 +126,21 @@ def test_bits_tell_which_rows_have_a_key_term(device, key_term):
 
 
 @pytest.mark.parametrize("R", [1, 5, 1024, 2100])
-def test_far_rows_are_listed_in_order(device, R):
-    far = torch.randint(0, 3, (2, 1, 3, R), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+def test_rows_are_listed_in_order(device, R):
+    generator = torch.Generator().manual_seed(0)
+    far = torch.randint(0, 3, (2, 1, 3, R), generator=generator, dtype=torch.int32)
     far[1, 0, 1] = 0
     far[0, 0, 2] = 2
-    rows = passes.FarRows(tuple(far.shape))(far.to(device)).cpu()
-    for listed, flags in zip(rows.flatten(0, 2), far.flatten(0, 2), strict=True):
-        walked, uniform = listed[:2].tolist()
-        assert listed[2 : 2 + walked].tolist() == (flags == 1).nonzero()[:, 0].tolist()
-        assert listed.flip(0)[:uniform].tolist() == (flags == 2).nonzero()[:, 0].tolist()
+    not_summed = torch.rand(far.shape, generator=generator) < 0.5
+    not_summed[1, 0, 2] = True
+    given = far + not_summed.int() * passes.NOT_SUMMED.value
+    summed, walked = (rows.cpu().flatten(0, 2) for rows in listed(given.to(device)))
+    for rows, flags in zip(summed, ~not_summed.flatten(0, 2), strict=True):
+        assert rows[1 : 1 + rows[0]].tolist() == flags.nonzero()[:, 0].tolist()
+    for rows, flags in zip(walked, far.flatten(0, 2), strict=True):
+        walked_rows, uniform = rows[:2].tolist()
+        assert rows[2 : 2 + walked_rows].tolist() == (flags == 1).nonzero()[:, 0].tolist()
+        assert rows.flip(0)[:uniform].tolist() == (flags == 2).nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("key_term", ["additive", "mask"])
@@ -143,7 +159,8 @@ def test_queries_without_a_gradient_are_not_walked(device, key_term):
     _, far = passes.RowTerms(x.grad_out, x.k.shape[2])(x.grad_out, g.terms, g.sums)
     expected = torch.zeros_like(far)
     # Of head 1, the second 128 queries, row 2: all are uniform. On a GPU torch's log2 is not Triton's.
-    expected[0, 1, 1, 2] = UNIFORM.value if device == "cpu" else far[0, 1, 1, 2].clamp(min=1)
+    expected[0, 1, 1, 2] = UNIFORM.value if device == "cpu" else (far[0, 1, 1, 2] & 3).clamp(min=1)
     expected[0, 0, 0, 3] = 1
+    expected[:, :, :, 1:] += passes.NOT_SUMMED.value
     assert torch.equal(far, expected)
     torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)

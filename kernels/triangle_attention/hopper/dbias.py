@@ -10,9 +10,10 @@ and this kernel, which takes the sum, does not read it: four instructions a logi
 `dbias_passes.py` makes what it reads of the row statistics and the key term, and holds the pass that multiplies by
 exp(bias), adds the groups of rows in order, and takes the rows and tiles for which the factors leave float32.
 
-**Sharing.** A program owns 128 queries by 128 keys for a group of rows. Its partitions, of four warps, keep sums of 64
-queries by 64 or 128 keys in registers. One more warp brings q, grad_out, k and v of a row, its δ and shifts, and its
-key term, through a ring in shared memory. No atomics: two runs agree to the bit.
+**Sharing.** A program owns 128 queries by 128 keys for its share of the rows, without those that add nothing. Its
+partitions, of four warps, keep sums of 64 queries by 64 or 128 keys in registers. One more warp brings q, grad_out, k
+and v of a row, its δ and shifts, and its key term, through a ring in shared memory. No atomics: two runs agree to the
+bit.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -41,18 +42,38 @@ TILE = gl.constexpr(dbias_choice.TILE)
 
 
 @gluon.jit
+def _row(summed_ptr, n, R):
+    """The n-th row of those that are summed, and any row for an n past the end."""
+    return gl.load(summed_ptr + 1 + gl.minimum(n, R - 1))
+
+
+@gluon.jit
 def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
     """The loading warp: rows, as far ahead of the others as there are stages."""
     (
         q_desc, do_desc, k_desc, v_desc, terms_desc, key_desc,
-        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, full, empty,
-        b, h, first_row, rows, tile_i, tile_j, R, H, tiles_i, tiles_j,
+        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, masked_smem, full, empty,
+        summed_ptr, key_bits_ptr, b, h, first, last, tile_i, tile_j, R, H, tiles_i, tiles_j, words,
     ) = shared  # fmt: skip
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if KEY_TERM != "none":
+        key_bits_ptr += (b * tiles_j + tile_j) * words
     slot = 0
     phase = 1
-    for r in range(first_row, first_row + rows):
+    # What is read of memory for a row is asked for a row earlier.
+    r = _row(summed_ptr, first, R)
+    next_r = _row(summed_ptr, first + 1, R)
+    bits = 0
+    if KEY_TERM != "none":
+        bits = gl.load(key_bits_ptr + (r >> 5), mask=first < last, other=0)
+    for n in range(first, last):
+        row_after = _row(summed_ptr, n + 2, R)
         mbarrier.wait(empty.index(slot), phase)
         bar = full.index(slot)
+        if KEY_TERM != "none":
+            masked_smem.index(slot).store(gl.full([1], bits >> (r & 31) & 1, gl.int32, ONE))  # handed over by full
+            barrier()
+            bits = gl.load(key_bits_ptr + (next_r >> 5), mask=n + 1 < last, other=0)
         mbarrier.expect(bar, 4 * 2 * TILE * D + (1024 if KEY_TERM == "none" else 2048))
         i_at = [b, r, tile_i * TILE, h, 0]
         j_at = [b, r, tile_j * TILE, h, 0]
@@ -63,6 +84,8 @@ def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr)
             async_load(key_desc, [((b * R + r) * tiles_j + tile_j) * 8, 0], bar, key_smem.index(slot))
         async_load(do_desc, i_at, bar, do_smem.index(slot))
         async_load(v_desc, j_at, bar, v_smem.index(slot))
+        r = next_r
+        next_r = row_after
         slot, phase = advance(slot, phase, STAGES)
 
 
@@ -128,18 +151,16 @@ def _sum_rows(
     STAGES: gl.constexpr,
     KEY_TERM: gl.constexpr,
 ):
-    """64 queries by COLUMNS keys (twice as many in two HALVES), over the rows of the program's group."""
+    """64 queries by COLUMNS keys (twice as many in two HALVES), over the rows of the program."""
     (
-        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, full, empty,
-        key_bits_ptr, parts_ptr, b, h, part, first_row, rows, tile_i, tile_j, B, H, I, J, tiles_j, words, scale,
+        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, masked_smem, full, empty,
+        parts_ptr, b, h, part, rows, tile_i, tile_j, B, H, I, J, scale,
     ) = shared  # fmt: skip
     M: gl.constexpr = WHICH % 2
     N: gl.constexpr = WHICH // 2
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     factor = scale * LOG2E
-    if KEY_TERM != "none":
-        key_bits_ptr += (b * tiles_j + tile_j) * words
-    key_bits = 0
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     masked = 0
     key = terms_smem.index(0)
 
@@ -147,19 +168,16 @@ def _sum_rows(
     later_acc = gl.zeros([64, COLUMNS], gl.float32, X)
     slot = 0
     phase = 0
-    for r in range(first_row, first_row + rows):
-        if KEY_TERM != "none":
-            # Loaded once in 32 rows.
-            fresh = ((r & 31) == 0) | (r == first_row)
-            key_bits = gl.load(key_bits_ptr + (r >> 5), mask=fresh, other=key_bits)
-            masked = key_bits >> (r & 31) & 1
-            key = key_smem.index(slot)
+    for _ in range(rows):
         mbarrier.wait(full.index(slot), phase)
         x = _product(q_smem.index(slot), k_smem.index(slot), M, N * HALVES, X)
         dp = _product(do_smem.index(slot), v_smem.index(slot), M, N * HALVES, X)
         if HALVES == 2:
             later_x = _product(q_smem.index(slot), k_smem.index(slot), M, N * HALVES + 1, X)
             later_dp = _product(do_smem.index(slot), v_smem.index(slot), M, N * HALVES + 1, X)
+        if KEY_TERM != "none":
+            masked = gl.max(masked_smem.index(slot).load(ONE), 0)  # handed over by full
+            key = key_smem.index(slot)
         shift, delta = _load_terms(terms_smem.index(slot), M, X)
         x = warpgroup_mma_wait(2 * HALVES - 1, deps=(x,))
         p = _probabilities(x, shift, factor, key, masked, N * HALVES, KEY_TERM)
@@ -183,7 +201,7 @@ def _sum_rows(
 
 
 # Compiled once for all lengths.
-@gluon.jit(do_not_specialize=["B", "R", "H", "I", "J", "group", "tiles_i", "tiles_j", "words"])
+@gluon.jit(do_not_specialize=["B", "R", "H", "I", "J", "parts", "tiles_i", "tiles_j", "words"])
 def _triangle_attention_bwd_dbias_hopper(
     q_desc,
     do_desc,
@@ -191,6 +209,7 @@ def _triangle_attention_bwd_dbias_hopper(
     v_desc,
     terms_desc,  # of `dbias_passes.RowTerms`
     key_desc,  # of `dbias_passes.KeyTerms`
+    summed_ptr,  # of `dbias_passes.Rows`
     key_bits_ptr,  # of `dbias_passes.KeyTerms`
     parts_ptr,  # [parts, B, H, I, J] contiguous, float32: the sums over groups of rows, not yet times exp(bias)
     B,
@@ -198,7 +217,7 @@ def _triangle_attention_bwd_dbias_hopper(
     H,
     I,
     J,
-    group,  # rows of a part
+    parts,  # into which the rows are shared out
     tiles_i,
     tiles_j,
     words,  # of bits, for 32 rows each
@@ -220,8 +239,10 @@ def _triangle_attention_bwd_dbias_hopper(
     h = head % H
     b = head // H % B
     part = head // H // B
-    first_row = part * group
-    rows = gl.minimum(group, R - first_row)
+    summed_ptr += ((b * H + h) * tiles_i + tile_i) * (R + 1)
+    summed = gl.load(summed_ptr)
+    first = summed * part // parts
+    last = summed * (part + 1) // parts
 
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, 1, D], q_desc.layout)
@@ -230,8 +251,10 @@ def _triangle_attention_bwd_dbias_hopper(
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE, 1, D], v_desc.layout)
     terms_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 32], terms_desc.layout)
     key_smem = terms_smem
+    masked_smem = terms_smem
     if KEY_TERM != "none":
         key_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 32], key_desc.layout)
+        masked_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
@@ -241,12 +264,12 @@ def _triangle_attention_bwd_dbias_hopper(
     barrier()
     to_copy = (
         q_desc, do_desc, k_desc, v_desc, terms_desc, key_desc,
-        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, full, empty,
-        b, h, first_row, rows, tile_i, tile_j, R, H, tiles_i, tiles_j,
+        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, masked_smem, full, empty,
+        summed_ptr, key_bits_ptr, b, h, first, last, tile_i, tile_j, R, H, tiles_i, tiles_j, words,
     )  # fmt: skip
     to_sum = (
-        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, full, empty,
-        key_bits_ptr, parts_ptr, b, h, part, first_row, rows, tile_i, tile_j, B, H, I, J, tiles_j, words, scale,
+        q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, masked_smem, full, empty,
+        parts_ptr, b, h, part, last - first, tile_i, tile_j, B, H, I, J, scale,
     )  # fmt: skip
     if COUNT == 2:
         gl.warp_specialize([
@@ -261,7 +284,7 @@ def _triangle_attention_bwd_dbias_hopper(
             (_sum_rows, (to_sum, 2, COLUMNS, HALVES, STAGES, KEY_TERM)),
             (_sum_rows, (to_sum, 3, COLUMNS, HALVES, STAGES, KEY_TERM)),
             (_copy, (to_copy, KEY_TERM, STAGES, D)),
-        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 32])  # fmt: skip
 
 
 class Plan:
@@ -292,11 +315,12 @@ class Plan:
         parts = triton.cdiv(R, group)
         self._parts_shape = (parts, B, H, I, J)
         self._row_terms = passes.RowTerms(grad_out, J)
+        self._rows = passes.Rows(R, B, H, tiles_i)
         self._key_terms = None if key is None else passes.KeyTerms(key, scale, shared["KEY_TERM"])
         given = {
             **shared,
             "B": B,
-            "group": group,
+            "parts": parts,
             "tiles_i": tiles_i,
             "tiles_j": tiles_j,
             "words": triton.cdiv(R, 32),
@@ -332,5 +356,6 @@ class Plan:
         parts = memory.empty(self._parts_shape, torch.float32, q)
         row_tiles, far = self._row_terms(grad_out, terms, sums)
         key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
-        self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, key_bits, parts)
-        return self._finish(grad_out, q, k, v, bias, key, terms, sums, far, parts)
+        summed, walked = self._rows(far)
+        self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, summed, key_bits, parts)
+        return self._finish(grad_out, q, k, v, bias, key, terms, sums, walked, parts)

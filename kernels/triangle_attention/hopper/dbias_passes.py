@@ -1,11 +1,12 @@
-"""What stands around the sum over rows of `dbias.py`: two passes before it and one after, in plain Triton.
+"""What stands around the sum over rows of `dbias.py`: three passes before it and one after, in plain Triton.
 
     shift = row_max·log2(e) + log2(row_sum)          p = exp(bias)·exp2(scale·log2(e)·⟨q, k⟩ + key term - shift)
 
 All of it is exact only while row_max is a number of some size and the bias not a large one, so
 
 - a query whose maximum lies beyond `FAR`, as that of a row without a key left does, is given a shift of +inf: it adds
-  nothing to the sums, and the last pass walks it unless it has no gradient;
+  nothing to the sums, which pass over a row where that goes for a whole tile, and the last pass walks it unless it has
+  no gradient;
 - the last pass multiplies by exp(bias), adds the parts in order, and walks those queries in the order of `logits.py`,
   or, where all of a tile weigh all keys alike, adds (⟨grad_out, v⟩ - δ) / J;
   and all of them in a tile with a bias beyond `LARGEST`, whose sums it does not use.
@@ -39,6 +40,7 @@ from trifast_inductor.kernels.triangle_attention.tiling import Tile
 FAR = tl.constexpr(4096.0)
 # exp(44) is 2^63.5: beside it, sums of 2^64 and probabilities of 2^-62 are within float32.
 LARGEST = tl.constexpr(44.0)
+NOT_SUMMED = tl.constexpr(4)  # besides 1 and `UNIFORM`
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def _triangle_attention_bwd_dbias_row_terms(
     terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
     sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum, log2 of the row sum
     tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
-    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all of the tile are
+    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all of the tile are; and more
     stride_dob: tl.int64,
     stride_dor: tl.int64,
     stride_doi: tl.int64,
@@ -100,7 +102,8 @@ def _triangle_attention_bwd_dbias_row_terms(
     # All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
     uniform = far & (log2_sum == tl.log2(tl.cast(J, tl.float32))) & (tl.abs(delta) < float("inf"))
     all_uniform = tl.min((uniform | (in_range == 0)).to(tl.int32), 1)
-    flag = tl.max(walked, 1) * (1 + all_uniform)
+    all_far = tl.min((far | (in_range == 0)).to(tl.int32), 1)
+    flag = tl.max(walked, 1) * (1 + all_uniform) + all_far * NOT_SUMMED
     tl.store(far_ptr + ((b * H + h) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
 
 
@@ -140,25 +143,33 @@ def _triangle_attention_bwd_dbias_key_terms(
 
 
 @triton.jit(do_not_specialize=["R"])
-def _triangle_attention_bwd_dbias_list_far(
+def _triangle_attention_bwd_dbias_list_rows(
     far_ptr,  # [B, H, tiles_i, R]
+    summed_ptr,  # [B, H, tiles_i, R + 1]: how many to sum, and which
     rows_ptr,  # [B, H, tiles_i, R + 2]: how many to walk, how many uniform; the former, and from the end the latter
     R,
     SEEN: tl.constexpr,  # rows looked at together
 ):
     far_ptr += tl.program_id(0) * R
+    summed_ptr += tl.program_id(0) * (R + 1)
     rows_ptr += tl.program_id(0) * (R + 2)
+    summed = 0
     walked = 0
     uniform = 0
     for start in range(0, R, SEEN):
         row = start + tl.arange(0, SEEN)
         far = tl.load(far_ptr + row, mask=row < R, other=0)
+        is_summed = ((far < NOT_SUMMED) & (row < R)).to(tl.int32)
+        far &= NOT_SUMMED - 1
         is_walked = (far == 1).to(tl.int32)
         is_uniform = (far == UNIFORM).to(tl.int32)
+        tl.store(summed_ptr + summed + tl.cumsum(is_summed, 0), row, mask=is_summed != 0)
         tl.store(rows_ptr + 1 + walked + tl.cumsum(is_walked, 0), row, mask=is_walked != 0)
         tl.store(rows_ptr + R + 2 - uniform - tl.cumsum(is_uniform, 0), row, mask=is_uniform != 0)
+        summed += tl.sum(is_summed, 0)
         walked += tl.sum(is_walked, 0)
         uniform += tl.sum(is_uniform, 0)
+    tl.store(summed_ptr, summed)
     tl.store(rows_ptr, walked)
     tl.store(rows_ptr + 1, uniform)
 
@@ -337,20 +348,22 @@ class KeyTerms:
         return tiles, bits
 
 
-class FarRows:
-    """Lists, `[B, H, tiles_i, R + 2]`: in how many rows the last pass walks a tile, and in how many it is uniform, and
-    in which, in order, the latter from the end."""
+class Rows:
+    """Lists the rows of each tile of queries: those to sum, `[B, H, tiles_i, R + 1]`, after their number, in order.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        *tiles, R = shape
-        self._shape = (*tiles, R + 2)
+    And what the last pass does, `[B, H, tiles_i, R + 2]`: in how many rows it walks a tile, and in how many it is
+    uniform, and in which, in order, the latter from the end.
+    """
+
+    def __init__(self, R: int, *tiles: int) -> None:
+        self._shapes = (*tiles, R + 1), (*tiles, R + 2)
         given = {"R": R, "SEEN": 1024}
-        self._make = Launch(_triangle_attention_bwd_dbias_list_far, math.prod(tiles), given, _TILE)
+        self._make = Launch(_triangle_attention_bwd_dbias_list_rows, math.prod(tiles), given, _TILE)
 
-    def __call__(self, far: Tensor) -> Tensor:
-        rows = memory.empty(self._shape, torch.int32, far)
-        self._make(far, rows)
-        return rows
+    def __call__(self, far: Tensor) -> tuple[Tensor, Tensor]:
+        summed, walked = (memory.empty(shape, torch.int32, far) for shape in self._shapes)
+        self._make(far, summed, walked)
+        return summed, walked
 
 
 class Finish:
@@ -373,7 +386,6 @@ class Finish:
             "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
         }
         programs = B * H * triton.cdiv(I, self._TILE.BLOCK_I) * triton.cdiv(J, self._TILE.BLOCK_J)
-        self._rows = FarRows((B, H, tiles_i, q.shape[1]))
         self._run = Launch(_triangle_attention_bwd_dbias_finish, programs, values, self._TILE)
 
     def __call__(
@@ -386,9 +398,9 @@ class Finish:
         key: Tensor | None,
         terms: Tensor,
         sums: Tensor,
-        far: Tensor,
+        walked: Tensor,
         parts: Tensor,
     ) -> Tensor:
         dbias = memory.empty(bias.shape, bias.dtype, bias)
-        self._run(q, k, v, bias, key, grad_out, terms, sums, self._rows(far), parts, dbias)
+        self._run(q, k, v, bias, key, grad_out, terms, sums, walked, parts, dbias)
         return dbias

@@ -31,7 +31,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepare, Prepared
-from trifast_inductor.kernels.triangle_attention.hopper.items import place
+from trifast_inductor.kernels.triangle_attention.hopper.items import after, place, tell
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
@@ -51,26 +51,31 @@ def _copy(
 ):
     """The loading warp: the items of the program, as far ahead of the others as there are stages."""
     (
-        q_desc, k_desc, v_desc, words_desc, terms_desc, q_smem, k_smem, v_smem, words_smem, terms_smem,
-        q_full, q_empty, full, empty, R, H, row_groups, groups, stages, items,
+        q_desc, k_desc, v_desc, words_desc, terms_desc, at_smem, q_smem, k_smem, v_smem, words_smem, terms_smem,
+        q_full, q_empty, full, empty, left_out_ptr, R, H, row_groups, groups, stages, items,
     ) = shared  # fmt: skip
     STAGE_J: gl.constexpr = TILES * BLOCK_J
     TERMS: gl.constexpr = 4 * ROWS * STAGE_J if HAS_KEY_TERM else 0
     slot = 0
     phase = 1
     turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, rows, h, group = place(item, groups, H, row_groups)
+    item = gl.program_id(0)
+    b, rows, h, group = place(item, groups, H, row_groups)
+    while item < items:
         mbarrier.wait(q_empty, turn & 1 ^ 1)
+        tell(at_smem, b, rows, h, group)
+        barrier()
         mbarrier.expect(q_full, 2 * ROWS * BLOCKS * BLOCK_I * D)
         for m in gl.static_range(ROWS):
             for n in gl.static_range(BLOCKS):
                 q_at = [b, rows * ROWS + m, (group * BLOCKS + n) * BLOCK_I, h, 0]
                 async_load(q_desc, q_at, q_full, q_smem.index(m * BLOCKS + n))
-        turn += 1  # noqa: SIM113
+        turn += 1
+        next_item, next_b, next_rows, next_h, next_group = after(
+            item, left_out_ptr, items, groups, H, row_groups, R, ROWS, HAS_KEY_TERM
+        )
         # One stage more at the very end, not used: the others read a tile ahead.
-        after = (item + gl.num_programs(0) >= items).to(gl.int32)
-        for n_stage in range(stages + after):
+        for n_stage in range(stages + (next_item >= items).to(gl.int32)):
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), 2 * (2 * ROWS * STAGE_J * D + BLOCKS * BLOCK_I * STAGE_J) + TERMS)
             stage = gl.minimum(n_stage, stages - 1)
@@ -88,6 +93,15 @@ def _copy(
                     into = words_smem.index((slot * BLOCKS + n) * TILES + tile)
                     async_load(words_desc, words_at, full.index(slot), into)
             slot, phase = advance(slot, phase, STAGES)
+        item = next_item
+        b = next_b
+        rows = next_rows
+        h = next_h
+        group = next_group
+    mbarrier.wait(q_empty, turn & 1 ^ 1)
+    tell(at_smem, -1, 0, 0, 0)
+    barrier()
+    mbarrier.arrive(q_full, count=1)
 
 
 # Compiled once for all lengths.
@@ -96,9 +110,10 @@ def _triangle_attention_fwd_hopper(
     q_desc,
     k_desc,
     v_desc,
-    words_desc,  # of `forward_passes.py`, as are the next two
+    words_desc,  # of `forward_passes.py`, as are the next three
     terms_desc,
     flags_ptr,
+    left_out_ptr,
     out_ptr,  # [B, R, I, H, D] contiguous
     row_max_ptr,  # [B, R, H, I] contiguous
     row_sum_ptr,  # [B, R, H, I] contiguous
@@ -139,6 +154,7 @@ def _triangle_attention_fwd_hopper(
     FILLED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NUM_WARPS, 1], [1, 0])
     ones = gl.allocate_shared_memory(dtype, [8, BLOCK_J], SWIZZLED, gl.full([8, BLOCK_J], 1.0, dtype, FILLED))
     ones = ones.permute((1, 0))
+    at_smem = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -151,12 +167,12 @@ def _triangle_attention_fwd_hopper(
     fence_async_shared()
     barrier()
     to_copy = (
-        q_desc, k_desc, v_desc, words_desc, terms_desc, q_smem, k_smem, v_smem, words_smem, terms_smem,
-        q_full, q_empty, full, empty, R, H, row_groups, groups, stages, items,
+        q_desc, k_desc, v_desc, words_desc, terms_desc, at_smem, q_smem, k_smem, v_smem, words_smem, terms_smem,
+        q_full, q_empty, full, empty, left_out_ptr, R, H, row_groups, groups, stages, items,
     )  # fmt: skip
     to_attend = (
-        q_smem, k_smem, v_smem, words_smem, terms_smem, ones, q_full, q_empty, full, empty,
-        flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, R, H, I, row_groups, groups, stages, items, scale,
+        at_smem, q_smem, k_smem, v_smem, words_smem, terms_smem, ones, q_full, q_empty, full, empty,
+        flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, R, H, I, stages, scale,
     )  # fmt: skip
     # fmt: off
     if COUNT == 2:
@@ -166,7 +182,7 @@ def _triangle_attention_fwd_hopper(
             (attend_shifted, (to_attend, 1, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
                 SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
-        ], [NUM_WARPS, 1], [REGISTERS, 24])
+        ], [NUM_WARPS, 1], [REGISTERS, 32])
     elif COUNT == 3:
         gl.warp_specialize([
             (attend_shifted, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
@@ -176,7 +192,7 @@ def _triangle_attention_fwd_hopper(
             (attend_shifted, (to_attend, 2, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
                 SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
-        ], [NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, 24])
+        ], [NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, 32])
     else:
         gl.warp_specialize([
             (attend_shifted, (to_attend, 0, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
@@ -188,7 +204,7 @@ def _triangle_attention_fwd_hopper(
             (attend_shifted, (to_attend, 3, ROWS, BLOCKS, STAGES, TILES, BLOCK_J, D, HAS_KEY_TERM,
                 SUM_BY_PRODUCT, NUM_WARPS)),
             (_copy, (to_copy, ROWS, BLOCKS, STAGES, TILES, BLOCK_I, BLOCK_J, D, HAS_KEY_TERM)),
-        ], [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, 24])
+        ], [NUM_WARPS, NUM_WARPS, NUM_WARPS, 1], [REGISTERS, REGISTERS, REGISTERS, 32])
     # fmt: on
 
 
@@ -254,8 +270,9 @@ class Plan:
         out = memory.empty(self._shape, q.dtype, q)
         row_max = memory.empty(self._statistics_shape, torch.float32, q)
         row_sum = memory.empty(self._statistics_shape, torch.float32, q)
-        prepared = self._prepare(bias, key)
-        self._attend(q, k, v, prepared.words, prepared.terms, prepared.flags, out, row_max, row_sum)
+        prepared = self._prepare(bias, key, row_sum)
+        words, _, terms, flags, left_out, _ = prepared
+        self._attend(q, k, v, words, terms, flags, left_out, out, row_max, row_sum)
         return out, row_max, row_sum, prepared
 
     def __call__(

@@ -5,7 +5,8 @@ in registers, so that each thread loads 16 bytes of what its logits start from o
 test for the end of the keys (a key past the end has a bias that no row survives). Of the two bfloat16 in a word one is
 the word itself, read as float32.
 
-**Key terms** become float32 in the unit of the product, padded to whole stages.
+**Key terms** become float32 in the unit of the product, padded to whole stages. A row with no key left, as behind the
+last residue, is told of and has row sums of NaN, for `forward.py` to pass over and `again.py` to do.
 
 **Rows of the bias** are for `again.py`, where the bias cannot be read as it lies (`triangle_attention/bias.py`).
 """
@@ -22,6 +23,9 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.bias import ROW, copy_row, programs_to_copy, shape_of_copy
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
+
+LEFT_OUT = tl.constexpr(-1e4)  # what is added to a logit of a key that is as good as left out
+STAGES_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -72,17 +76,30 @@ def _words_of_tile(
 
 
 @triton.jit
-def _terms_of_stage(
-    key_ptr, terms_ptr, flags_ptr, strides, R, J, stages, factor, stage, SELECT: tl.constexpr, STAGE_J: tl.constexpr
+def _terms_of_row(
+    key_ptr, terms_ptr, flags_ptr, left_out_ptr, row_sum_ptr, strides, R, H, I, J, stages, factor, row,
+    SELECT: tl.constexpr, STAGE_J: tl.constexpr,
 ):  # fmt: skip
-    br = stage // stages
-    of_stage = tl.arange(0, STAGE_J)
-    j = stage % stages * STAGE_J + of_stage
-    key_ptr += (br // R).to(tl.int64) * strides[0] + (br % R).to(tl.int64) * strides[1]
-    key = tl.load(key_ptr + j.to(tl.int64) * strides[2], mask=j < J, other=0)
-    terms = tl.where(key != 0, float("-inf"), 0.0) if SELECT else key.to(tl.float32) * factor
-    tl.store(terms_ptr + stage.to(tl.int64) * STAGE_J + of_stage, terms)
-    tl.store(flags_ptr + stage, tl.max((key != 0).to(tl.int32), 0))
+    of_stage = tl.arange(0, STAGE_J)[None, :]
+    key_ptr += (row // R).to(tl.int64) * strides[0] + (row % R).to(tl.int64) * strides[1]
+    some_left = tl.zeros([STAGES_AT_ONCE], tl.int32)
+    for first in range(0, stages, STAGES_AT_ONCE):
+        stage = first + tl.arange(0, STAGES_AT_ONCE)
+        j = stage[:, None] * STAGE_J + of_stage
+        key = tl.load(key_ptr + j.to(tl.int64) * strides[2], mask=j < J, other=0)
+        terms = tl.where(key != 0, float("-inf"), 0.0) if SELECT else key.to(tl.float32) * factor
+        is_left = key == 0 if SELECT else ~(key.to(tl.float32) < LEFT_OUT)
+        some_left = tl.maximum(some_left, tl.max((is_left & (j < J)).to(tl.int32), 1))
+        at = row.to(tl.int64) * stages + stage
+        tl.store(terms_ptr + at[:, None] * STAGE_J + of_stage, terms, mask=(stage < stages)[:, None])
+        tl.store(flags_ptr + at, tl.max((key != 0).to(tl.int32), 1), mask=stage < stages)
+    left_out = 1 - tl.max(some_left, 0)
+    tl.store(left_out_ptr + row, left_out)
+    if left_out != 0:
+        row_sum_ptr += row.to(tl.int64) * H * I
+        for first in range(0, H * I, 512):
+            n = first + tl.arange(0, 512)
+            tl.store(row_sum_ptr + n, tl.full([512], float("nan"), tl.float32), mask=n < H * I)
 
 
 @triton.jit
@@ -93,6 +110,8 @@ def _triangle_attention_fwd_prepare(
     sizes_ptr,  # [B, H, tiles_i, tiles_j]: the largest of each by size, infinite where there is a NaN
     terms_ptr,  # [B, R, stages, STAGE_J]
     flags_ptr,  # [B, R, stages]
+    left_out_ptr,  # [B, R]
+    row_sum_ptr,  # [B, R, H, I] contiguous
     rows_ptr,  # [B, H, I, J_bias] contiguous
     stride_bias_b: tl.int64,
     stride_bias_h: tl.int64,
@@ -107,7 +126,7 @@ def _triangle_attention_fwd_prepare(
     J,
     J_bias,
     tiles,  # programs that make words
-    stages_of_all,  # programs that make key terms
+    rows_of_all,  # programs that make key terms
     tiles_i,
     tiles_j,
     stages,
@@ -125,26 +144,29 @@ def _triangle_attention_fwd_prepare(
         _words_of_tile(
             bias_ptr, words_ptr, sizes_ptr, of_bias, H, I, J, tiles_i, tiles_j, factor, pid, BLOCK_I, BLOCK_J
         )  # fmt: skip
-    elif HAS_KEY_TERM and pid < tiles + stages_of_all:
+    elif HAS_KEY_TERM and pid < tiles + rows_of_all:
         of_key = (stride_key_b, stride_key_r, stride_key_j)
-        _terms_of_stage(
-            key_ptr, terms_ptr, flags_ptr, of_key, R, J, stages, factor, pid - tiles, SELECT, STAGE_J
+        _terms_of_row(
+            key_ptr, terms_ptr, flags_ptr, left_out_ptr, row_sum_ptr, of_key, R, H, I, J, stages, factor, pid - tiles,
+            SELECT, STAGE_J,
         )  # fmt: skip
     elif WITH_ROWS:
-        copy_row(bias_ptr, rows_ptr, of_bias, H, I, J, J_bias, pid - tiles - stages_of_all, ROW)
+        copy_row(bias_ptr, rows_ptr, of_bias, H, I, J, J_bias, pid - tiles - rows_of_all, ROW)
 
 
 class Prepared(NamedTuple):
     """Words of the bias over the scale, `[tiles·BLOCK_I, BLOCK_J/2]`, in int32, as they are copied.
 
     The largest bias of each tile by size, not scaled: `[B, H, tiles_i, tiles_j]`. Key terms over the scale, flat, in
-    float32, and 1 where some key of a stage has one; None without a key term. And the bias in aligned rows.
+    float32, 1 where some key of a stage has one, and 1 for each row `[B, R]` in which no key is left; None without one.
+    And the bias in aligned rows.
     """
 
     words: Tensor
     sizes: Tensor
     terms: Tensor | None
     flags: Tensor | None
+    left_out: Tensor | None
     rows: Tensor
 
 
@@ -166,12 +188,13 @@ class Prepare:
         BLOCK_I, BLOCK_J, STAGE_J = shape
         count = B * H * tiles[0] * tiles[1]
         stages = tiles[1] * BLOCK_J // STAGE_J
-        stages_of_all = 0 if key is None else B * key.shape[1] * stages
+        rows_of_all = 0 if key is None else B * key.shape[1]
         self._words, self._sizes = (count * BLOCK_I, BLOCK_J // 2), (B, H, *tiles)
         # There is a flag more than there are stages, since the kernel reads ahead.
-        self._terms, self._flags = (stages_of_all * STAGE_J,), (stages_of_all + 1,)
+        self._terms, self._flags = (rows_of_all * stages * STAGE_J,), (rows_of_all * stages + 1,)
+        self._left_out = (rows_of_all,)
         self._rows = shape_of_copy(bias)
-        programs = count + stages_of_all
+        programs = count + rows_of_all
         if self._rows is not None:
             programs += programs_to_copy(self._rows)
         given = {
@@ -183,7 +206,7 @@ class Prepare:
             "J": J,
             "J_bias": J if self._rows is None else self._rows[3],
             "tiles": count,
-            "stages_of_all": stages_of_all,
+            "rows_of_all": rows_of_all,
             "tiles_i": tiles[0],
             "tiles_j": tiles[1],
             "stages": stages,
@@ -200,13 +223,19 @@ class Prepare:
         """The bias itself, or memory for its copy."""
         return bias if self._rows is None else memory.empty(self._rows, bias.dtype, bias)
 
-    def __call__(self, bias: Tensor, key: Tensor | None) -> Prepared:
+    def __call__(self, bias: Tensor, key: Tensor | None, row_sum: Tensor) -> Prepared:
+        """
+        Args:
+            row_sum: `[B, R, H, I]`, contiguous; written where no key of a row is left.
+        """
         words = memory.empty(self._words, torch.int32, bias)
         sizes = memory.empty(self._sizes, torch.float32, bias)
-        terms = flags = None
+        terms = flags = left_out = None
         if key is not None:
             terms = memory.empty(self._terms, torch.float32, bias)
             flags = memory.empty(self._flags, torch.int32, bias)
+            left_out = memory.empty(self._left_out, torch.int32, bias)
         rows = self.rows(bias)
-        self._make(bias, key, words, sizes, terms, flags, None if self._rows is None else rows)
-        return Prepared(words, sizes, terms, flags, rows)
+        copy = None if self._rows is None else rows
+        self._make(bias, key, words, sizes, terms, flags, left_out, None if key is None else row_sum, copy)
+        return Prepared(words, sizes, terms, flags, left_out, rows)

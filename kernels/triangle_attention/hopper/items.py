@@ -13,17 +13,43 @@ def place(item, groups, H, row_groups):
 
 
 @gluon.jit
-def next_place(b, rows, h, group, b_step, rows_step, h_step, group_step, groups, H, row_groups):
-    """A step further, by carries: divisions take longer than the rest of what is done once an item."""
-    group += group_step
-    over = (group >= groups).to(gl.int32)
-    group -= over * groups
-    h += h_step + over
-    over = (h >= H).to(gl.int32)
-    h -= over * H
-    rows += rows_step + over
-    over = (rows >= row_groups).to(gl.int32)
-    return b + b_step + over, rows - over * row_groups, h, group
+def after(item, left_out_ptr, items, groups, H, row_groups, R, ROWS: gl.constexpr, HAS_KEY_TERM: gl.constexpr):
+    """The next item of the program, none of whose rows all keys are left out of, and its place."""
+    item += gl.num_programs(0)
+    b, rows, h, group = place(item, groups, H, row_groups)
+    if HAS_KEY_TERM:
+        while _is_left_out(left_out_ptr, item < items, b, rows, R, ROWS):
+            item += gl.num_programs(0)
+            b, rows, h, group = place(item, groups, H, row_groups)
+    return item, b, rows, h, group
+
+
+@gluon.jit
+def _is_left_out(left_out_ptr, exists, b, rows, R, ROWS: gl.constexpr):
+    left_out = exists
+    for m in gl.static_range(ROWS):
+        r = gl.minimum(rows * ROWS + m, R - 1)
+        left_out = left_out & (gl.load(left_out_ptr + b * R + r, mask=exists, other=0) != 0)
+    return left_out
+
+
+@gluon.jit
+def tell(at_smem, b, rows, h, group):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    at_smem.index(0).store(gl.full([1], b, gl.int32, ONE))  # handed over by q_full
+    at_smem.index(1).store(gl.full([1], rows, gl.int32, ONE))  # handed over by q_full
+    at_smem.index(2).store(gl.full([1], h, gl.int32, ONE))  # handed over by q_full
+    at_smem.index(3).store(gl.full([1], group, gl.int32, ONE))  # handed over by q_full
+
+
+@gluon.jit
+def told(at_smem, NUM_WARPS: gl.constexpr):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    b = gl.max(at_smem.index(0).load(ONE), 0)  # handed over by q_full
+    rows = gl.max(at_smem.index(1).load(ONE), 0)  # handed over by q_full
+    h = gl.max(at_smem.index(2).load(ONE), 0)  # handed over by q_full
+    group = gl.max(at_smem.index(3).load(ONE), 0)  # handed over by q_full
+    return b, rows, h, group
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from trifast_inductor.kernels.triangle_attention.hopper.items import next_place, place, store
+from trifast_inductor.kernels.triangle_attention.hopper.items import store, told
 from trifast_inductor.kernels.triangle_attention.hopper.registers import (
     LOG2E,
     exp2,
@@ -43,8 +43,8 @@ def attend_shifted(
 ):
     """One block of queries of one row, for each item of the program."""
     (
-        q_smem, k_smem, v_smem, words_smem, terms_smem, ones, q_full, q_empty, full, empty,
-        flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, R, H, I, row_groups, groups, stages, items, scale,
+        at_smem, q_smem, k_smem, v_smem, words_smem, terms_smem, ones, q_full, q_empty, full, empty,
+        flags_ptr, out_ptr, row_max_ptr, row_sum_ptr, R, H, I, stages, scale,
     ) = shared  # fmt: skip
     BLOCK_I: gl.constexpr = 16 * NUM_WARPS
     STAGE_J: gl.constexpr = TILES * BLOCK_J
@@ -58,8 +58,6 @@ def attend_shifted(
     WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [256 // BLOCK_J, BLOCK_J // 8], [NUM_WARPS, 1], [1, 0])
     factor = scale * LOG2E
 
-    b, rows, h, group = place(gl.program_id(0), groups, H, row_groups)
-    b_step, rows_step, h_step, group_step = place(gl.num_programs(0), groups, H, row_groups)
     slot = 0
     phase = 0
     before = 0
@@ -67,19 +65,20 @@ def attend_shifted(
     # x is always one tile ahead, over the end of an item too.
     mbarrier.wait(q_full, 0)
     q = pairs(q_smem.index(WHICH).reshape([BLOCK_I, D]).load(Q))
+    b, rows, h, group = told(at_smem, NUM_WARPS)
     mbarrier.arrive(q_empty, count=1)
     mbarrier.wait(full.index(0), 0)
     k = k_smem.index(M).reshape([STAGE_J, D]).slice(0, BLOCK_J).permute((1, 0))
     words = words_smem.index(N * TILES).load(WORDS)
     x = warpgroup_mma(operand(q, dtype, Q), k, unpack(words, dtype, BLOCK_J, NUM_WARPS, X), is_async=True)
     x = warpgroup_mma_wait(0, deps=(x,))
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    while b >= 0:
         r = rows * ROWS + M
         flag = 0
         if HAS_KEY_TERM:
             row_flags_ptr = flags_ptr + (b * R + gl.minimum(r, R - 1)) * stages
             flag = gl.load(row_flags_ptr)
-        turn += 1  # noqa: SIM113
+        turn += 1
         # In units of x, that is over the scale.
         top = row_max(x)
         shift = top * factor
@@ -99,9 +98,8 @@ def attend_shifted(
                 if n == TILES - 1:
                     slot, phase = advance(slot, phase, STAGES)
                     if stage == stages - 1:
-                        mbarrier.wait(q_full, turn & 1, pred=item + gl.num_programs(0) < items)
+                        mbarrier.wait(q_full, turn & 1)
                         q = pairs(q_smem.index(WHICH).reshape([BLOCK_I, D]).load(Q))
-                        mbarrier.arrive(q_empty, count=1)
                     mbarrier.wait(full.index(slot), phase)
                 k = k_smem.index(slot * ROWS + M).reshape([STAGE_J, D])
                 k = k.slice((n + 1) % TILES * BLOCK_J, BLOCK_J).permute((1, 0))
@@ -134,6 +132,5 @@ def attend_shifted(
         total = gl.convert_layout(total, gl.SliceLayout(1, OUT))
         top = gl.convert_layout(top, gl.SliceLayout(1, OUT)) * scale
         store(out_ptr, row_max_ptr, row_sum_ptr, acc, total, top, b, r, h, group * BLOCKS + N, R, H, I)
-        b, rows, h, group = next_place(
-            b, rows, h, group, b_step, rows_step, h_step, group_step, groups, H, row_groups
-        )  # fmt: skip
+        b, rows, h, group = told(at_smem, NUM_WARPS)
+        mbarrier.arrive(q_empty, count=1)
