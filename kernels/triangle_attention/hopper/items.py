@@ -14,7 +14,7 @@ def place(item, groups, H, row_groups):
 
 @gluon.jit
 def after(item, left_out_ptr, items, groups, H, row_groups, R, ROWS: gl.constexpr, HAS_KEY_TERM: gl.constexpr):
-    """The next item of the program, none of whose rows all keys are left out of, and its place."""
+    """The next item of the program in one of whose rows a key is left, and its place."""
     item += gl.num_programs(0)
     b, rows, h, group = place(item, groups, H, row_groups)
     if HAS_KEY_TERM:
@@ -35,6 +35,7 @@ def _is_left_out(left_out_ptr, exists, b, rows, R, ROWS: gl.constexpr):
 
 @gluon.jit
 def tell(at_smem, b, rows, h, group):
+    """Leaves the place of an item for the partitions; b is -1 after the last one."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     at_smem.index(0).store(gl.full([1], b, gl.int32, ONE))  # handed over by q_full
     at_smem.index(1).store(gl.full([1], rows, gl.int32, ONE))  # handed over by q_full
@@ -44,6 +45,7 @@ def tell(at_smem, b, rows, h, group):
 
 @gluon.jit
 def told(at_smem, NUM_WARPS: gl.constexpr):
+    """What `tell` has left, in a partition of so many warps."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
     b = gl.max(at_smem.index(0).load(ONE), 0)  # handed over by q_full
     rows = gl.max(at_smem.index(1).load(ONE), 0)  # handed over by q_full
