@@ -142,17 +142,17 @@ def test_key_terms_are_padded_and_flagged(device, select):
     assert (row_sum == 1).all()
 
 
-@pytest.mark.parametrize("value", ["mask", -1e9, float("-inf"), -9000.0])
+@pytest.mark.parametrize("value", ["mask", -1e9, -9000.0])
 def test_rows_with_no_key_left_are_told_of(device, value):
     """In which all keys are left out, or as good as that; more than eight stages of them."""
     select = value == "mask"
-    key = torch.zeros(2, 3, 1100, dtype=torch.uint8 if select else torch.bfloat16)
+    key = torch.zeros(2, 3, 600, dtype=torch.uint8 if select else torch.bfloat16)
     key[0, 1] = key[1, 0] = key[1, 2] = 1 if select else value
-    key[1, 2, 1099] = 0
+    key[1, 2, 599] = 0
     key = key.to(device)
-    bias = torch.zeros(2, 4, 300, 1100, dtype=torch.bfloat16, device=device)
-    row_sum = torch.ones(2, 3, 4, 300, device=device)
-    left_out = Prepare(bias, key, 0.25, (5, 18), (64, 64, 64))(bias, key, row_sum).left_out
+    bias = torch.zeros(2, 2, 260, 600, dtype=torch.bfloat16, device=device)
+    row_sum = torch.ones(2, 3, 2, 260, device=device)
+    left_out = Prepare(bias, key, 0.25, (3, 5), (128, 128, 64))(bias, key, row_sum).left_out
     expected = torch.tensor([[0, 1, 0], [1, 0, 0]]) if value != -9000.0 else torch.zeros(2, 3, dtype=torch.int64)
     assert left_out.view(2, 3).tolist() == expected.tolist()
     assert torch.equal(row_sum.isnan(), (expected != 0)[:, :, None, None].expand_as(row_sum).to(device))
