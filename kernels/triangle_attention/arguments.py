@@ -94,6 +94,11 @@ def kind(shared: dict[str, Any], dtype: torch.dtype, device: int) -> dict[str, A
     }
 
 
+def bytes_of_mask(key: Tensor | None) -> Tensor | None:
+    """A key term as it is, a mask in bytes: as kernels in Gluon are given either."""
+    return key if key is None or key.is_floating_point() else key.view(torch.uint8)
+
+
 def shared(
     q: Tensor,
     k: Tensor,

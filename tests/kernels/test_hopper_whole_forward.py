@@ -19,6 +19,8 @@ if choice.gluon_refusal() is not None:
 from tests.kernels.conftest import skip_off_hopper
 from tests.kernels.gluon_compile import said
 from tests.kernels.test_hopper_choice import OnOneHopper
+from tests.kernels.test_hopper_whole import as_in_a_model
+from tests.kernels.test_lean_backward import left_out
 from trifast_inductor.kernels.triangle_attention import forward
 from trifast_inductor.kernels.triangle_attention.hopper import whole_forward
 
@@ -71,10 +73,7 @@ def test_any_length(hopper, I, J):
 def test_rows_without_a_key(hopper, key_term):
     for J in (128, 130):
         x = inputs(hopper, I=140, J=J, key_term=key_term)
-        for term in (x.key_bias, x.key_mask):
-            if term is not None:
-                term[:, ::2] = True if term.dtype == torch.bool else -1e9
-        check(x)
+        check(left_out(x, slice(None, None, 2), 0))
 
 
 @pytest.mark.gpu
@@ -98,11 +97,7 @@ def test_any_number_of_rows_to_a_program(hopper, monkeypatch, rows):
 
 @pytest.mark.gpu
 def test_strides_of_a_model(hopper):
-    """Operands that are parts of one projection, a bias whose heads lie innermost, a mask of one number."""
-    x = inputs(hopper, R=9, I=112, J=112, key_term="mask")
-    q, k, v = torch.stack((x.q, x.k, x.v), 4).unbind(4)
-    bias = x.bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    check(replace(x, q=q, k=k, v=v, bias=bias, key_mask=x.key_mask[:, :1, :1].expand_as(x.key_mask)))
+    check(as_in_a_model(inputs(hopper, R=9, I=112, J=112, key_term="mask")))
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ T = TypeVar("T")
 _HEADS = (16, 32, 64)  # columns D; at 128 the accumulators do not fit beside a tile of logits
 _SHORTEST = 256  # keys: at 256 a thirtieth to an eighth less than the portable kernel, a quarter with four in a batch
 _FEWEST_ITEMS = 512  # blocks of queries, about four for each multiprocessor: a guess
+LEFT_OUT = -1e4  # added to its logits, this or less leaves a key no probability
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 
 
@@ -151,6 +152,6 @@ def refusal(
         return f"{items} blocks of queries are fewer than {_FEWEST_ITEMS}"
     if not scale > 1e-6:
         return "the bias is divided by the scale, which is not positive"
-    if key_mask is not None and fill > (-1e30 if key_term_first else -1e4):
+    if key_mask is not None and fill > (-1e30 if key_term_first else LEFT_OUT):
         return f"a fill of {fill} may leave a masked key some probability"
     return gluon_refusal()

@@ -34,6 +34,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice, dbias_cho
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT, hand, handed
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
@@ -55,7 +56,6 @@ def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr)
         q_smem, do_smem, k_smem, v_smem, terms_smem, key_smem, masked_smem, full, empty,
         summed_ptr, key_bits_ptr, b, h, first, last, tile_i, tile_j, R, H, tiles_i, tiles_j, words,
     ) = shared  # fmt: skip
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if KEY_TERM != "none":
         key_bits_ptr += (b * tiles_j + tile_j) * words
     slot = 0
@@ -71,7 +71,7 @@ def _copy(shared, KEY_TERM: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr)
         mbarrier.wait(empty.index(slot), phase)
         bar = full.index(slot)
         if KEY_TERM != "none":
-            masked_smem.index(slot).store(gl.full([1], bits >> (r & 31) & 1, gl.int32, ONE))  # handed over by full
+            hand(masked_smem.index(slot), bits >> (r & 31) & 1)
             barrier()
             bits = gl.load(key_bits_ptr + (next_r >> 5), mask=n + 1 < last, other=0)
         mbarrier.expect(bar, 4 * 2 * TILE * D + (1024 if KEY_TERM == "none" else 2048))
@@ -160,7 +160,6 @@ def _sum_rows(
     N: gl.constexpr = WHICH // 2
     X: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     factor = scale * LOG2E
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     masked = 0
     key = terms_smem.index(0)
 
@@ -176,7 +175,7 @@ def _sum_rows(
             later_x = _product(q_smem.index(slot), k_smem.index(slot), M, N * HALVES + 1, X)
             later_dp = _product(do_smem.index(slot), v_smem.index(slot), M, N * HALVES + 1, X)
         if KEY_TERM != "none":
-            masked = gl.max(masked_smem.index(slot).load(ONE), 0)  # handed over by full
+            masked = handed(masked_smem.index(slot), 4)
             key = key_smem.index(slot)
         shift, delta = _load_terms(terms_smem.index(slot), M, X)
         x = warpgroup_mma_wait(2 * HALVES - 1, deps=(x,))
@@ -254,7 +253,7 @@ def _triangle_attention_bwd_dbias_hopper(
     masked_smem = terms_smem
     if KEY_TERM != "none":
         key_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 32], key_desc.layout)
-        masked_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        masked_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 1], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
@@ -307,7 +306,7 @@ class Plan:
         B, R, I, H, D = q.shape
         J = k.shape[2]
         shape = shape or shape_for(D)
-        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        key = arguments.bytes_of_mask(key_bias if key_mask is None else key_mask)
         shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
         tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
         tiles = B * H * tiles_i * tiles_j
@@ -351,8 +350,7 @@ class Plan:
                 as `lean/dq.py` leaves them.
             sums: `[B, R, H, I, 2]`, float32, contiguous: row maximum, and log2 of the row sum.
         """
-        if key is not None and not key.is_floating_point():
-            key = key.view(torch.uint8)
+        key = arguments.bytes_of_mask(key)
         parts = memory.empty(self._parts_shape, torch.float32, q)
         row_tiles, far = self._row_terms(grad_out, terms, sums)
         key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)

@@ -56,7 +56,7 @@ def _triangle_attention_bwd_dbias_row_terms(
     terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
     sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum, log2 of the row sum
     tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
-    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all of the tile are; and more
+    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all are; + NOT_SUMMED
     stride_dob: tl.int64,
     stride_dor: tl.int64,
     stride_doi: tl.int64,

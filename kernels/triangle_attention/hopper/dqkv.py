@@ -390,7 +390,6 @@ class Plan:
     def __init__(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, key: Tensor | None, scale: float) -> None:
         B, R, I, H, D = q.shape
         J = k.shape[2]
-        self._key_is_mask = key is not None and not key.is_floating_point()
         tiles_i, tiles_j = triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value)
         heads = B * R * H
         programs = min(heads, choice.multiprocessors(q.get_device()))
@@ -407,7 +406,7 @@ class Plan:
             "heads": heads,
             "scale": scale,
             "D": D,
-            "KEY_TERM": "none" if key is None else "select" if self._key_is_mask else "add",
+            "KEY_TERM": "none" if key is None else "add" if key.is_floating_point() else "select",
             **vars(dqkv_choice.Shape()),
         }
         boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "do", "k", "v")}
@@ -434,6 +433,6 @@ class Plan:
             listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
         sums = memory.empty(self._sums_shape, torch.float32, q)
-        key = key.view(torch.uint8) if key is not None and self._key_is_mask else key
+        key = arguments.bytes_of_mask(key)
         self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), listed, key, sums, *gradients)
         return True

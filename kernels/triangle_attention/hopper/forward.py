@@ -26,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
-from trifast_inductor.kernels.triangle_attention import memory
+from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper import again
 from trifast_inductor.kernels.triangle_attention.hopper.choice import Shape, multiprocessors, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Prepare, Prepared
+from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT
 from trifast_inductor.kernels.triangle_attention.hopper.items import after, place, tell
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.shifted import attend_shifted
@@ -154,7 +155,7 @@ def _triangle_attention_fwd_hopper(
     FILLED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [NUM_WARPS, 1], [1, 0])
     ones = gl.allocate_shared_memory(dtype, [8, BLOCK_J], SWIZZLED, gl.full([8, BLOCK_J], 1.0, dtype, FILLED))
     ones = ones.permute((1, 0))
-    at_smem = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    at_smem = gl.allocate_shared_memory(gl.int32, [4, 1], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -234,7 +235,7 @@ class Plan:
         stages = triton.cdiv(k.shape[2], STAGE_J)
         items = B * row_groups * H * groups
         self._shape, self._statistics_shape = (B, R, I, H, D), (B, R, H, I)
-        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        key = arguments.bytes_of_mask(key_bias if key_mask is None else key_mask)
         tiles = (groups * shape.BLOCKS, stages * shape.TILES)
         self._prepare = Prepare(bias, key, scale, tiles, (BLOCK_I, BLOCK_J, STAGE_J))
         given = {
@@ -282,7 +283,7 @@ class Plan:
 
         The row maximum is the shift of a row and the row sum is relative to it: all that the backward asks of them.
         """
-        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        key = arguments.bytes_of_mask(key_bias if key_mask is None else key_mask)
         out, row_max, row_sum, prepared = self.fixed_shift(q, k, v, bias, key)
         self._again(q, k, v, key, prepared, out, row_max, row_sum)
         return out, row_max, row_sum

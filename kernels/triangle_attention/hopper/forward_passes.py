@@ -21,10 +21,11 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.bias import ROW, copy_row, programs_to_copy, shape_of_copy
+from trifast_inductor.kernels.triangle_attention.hopper import choice
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-LEFT_OUT = tl.constexpr(-1e4)  # what is added to a logit of a key that is as good as left out
+LEFT_OUT = tl.constexpr(choice.LEFT_OUT)
 STAGES_AT_ONCE = tl.constexpr(8)
 
 

@@ -4,6 +4,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from trifast_inductor.kernels.triangle_attention.hopper.handing import hand, handed
+
 
 @gluon.jit
 def place(item, groups, H, row_groups):
@@ -36,22 +38,19 @@ def _is_left_out(left_out_ptr, exists, b, rows, R, ROWS: gl.constexpr):
 @gluon.jit
 def tell(at_smem, b, rows, h, group):
     """Leaves the place of an item for the partitions; b is -1 after the last one."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    at_smem.index(0).store(gl.full([1], b, gl.int32, ONE))  # handed over by q_full
-    at_smem.index(1).store(gl.full([1], rows, gl.int32, ONE))  # handed over by q_full
-    at_smem.index(2).store(gl.full([1], h, gl.int32, ONE))  # handed over by q_full
-    at_smem.index(3).store(gl.full([1], group, gl.int32, ONE))  # handed over by q_full
+    hand(at_smem.index(0), b)
+    hand(at_smem.index(1), rows)
+    hand(at_smem.index(2), h)
+    hand(at_smem.index(3), group)
 
 
 @gluon.jit
 def told(at_smem, NUM_WARPS: gl.constexpr):
     """What `tell` has left, in a partition of so many warps."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    b = gl.max(at_smem.index(0).load(ONE), 0)  # handed over by q_full
-    rows = gl.max(at_smem.index(1).load(ONE), 0)  # handed over by q_full
-    h = gl.max(at_smem.index(2).load(ONE), 0)  # handed over by q_full
-    group = gl.max(at_smem.index(3).load(ONE), 0)  # handed over by q_full
-    return b, rows, h, group
+    b = handed(at_smem.index(0), NUM_WARPS)
+    rows = handed(at_smem.index(1), NUM_WARPS)
+    h = handed(at_smem.index(2), NUM_WARPS)
+    return b, rows, h, handed(at_smem.index(3), NUM_WARPS)
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT
 from trifast_inductor.kernels.triangle_attention.hopper.lines import leave_lines, load_lines, own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, added_now, exp2, with_key_term
 from trifast_inductor.kernels.triangle_attention.hopper.tuples import appended, places, replaced, zeros
@@ -302,7 +303,6 @@ def _triangle_attention_bwd_whole_hopper(
         dq_smem = (last_smem, dv_smem, last_smem)
     else:
         dq_smem = _pieces(TI, dtype, [1, 1, SIDE, 1, D], BOX)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     max_smem = _pieces(TI, gl.float32, [SIDE], FLAT)
     sum_smem = _pieces(TI, gl.float32, [SIDE], FLAT)
     delta_smem = _pieces(TI, gl.float32, [SIDE], FLAT)

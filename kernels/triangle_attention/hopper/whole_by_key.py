@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT
 from trifast_inductor.kernels.triangle_attention.hopper.lines import leave_lines, load_lines, own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import (
     LOG2E,
@@ -283,7 +284,6 @@ def _triangle_attention_bwd_whole_by_key_hopper(
 ):
     dtype: gl.constexpr = q_desc.dtype
     BOX: gl.constexpr = q_desc.layout
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(dtype, [STAGES * TI, 1, 1, SIDE, 1, D], BOX)
     do_smem = gl.allocate_shared_memory(dtype, [STAGES * TI, 1, 1, SIDE, 1, D], BOX)
     out_smem = gl.allocate_shared_memory(dtype, [STAGES * TI, 1, 1, SIDE, 1, D], BOX)

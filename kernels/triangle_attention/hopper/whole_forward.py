@@ -28,12 +28,13 @@ from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.bias import AlignedRows
 from trifast_inductor.kernels.triangle_attention.hopper import choice, whole_forward_choice
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
+from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT
 from trifast_inductor.kernels.triangle_attention.hopper.lines import own_rows
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, row_max
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, async_store, barrier, store_wait
 
-SIDE = gl.constexpr(64)  # queries, and keys, of a tile
+SIDE = gl.constexpr(whole_forward_choice.SIDE)
 
 
 @gluon.jit
@@ -239,7 +240,6 @@ def _triangle_attention_fwd_whole_hopper(
     HAS_LINE: gl.constexpr = KEY_TERM != "none" or not EVEN_J
     key_smem = q_smem
     if HAS_LINE:
-        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         key_smem = gl.allocate_shared_memory(gl.float32, [STAGES * ROWS * TJ, SIDE], FLAT)
     lines_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -320,7 +320,7 @@ class Plan:
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_bias: Tensor | None, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As the portable `launch`, on the device that is current."""
-        key = key_bias if key_mask is None else key_mask.view(torch.uint8)
+        key = arguments.bytes_of_mask(key_bias if key_mask is None else key_mask)
         out = memory.empty(self._shapes[0], q.dtype, q)
         row_max, row_sum = (memory.empty(self._shapes[1], torch.float32, q) for _ in range(2))
         self._run(q, k, v, out, self._aligned(bias), key, row_max, row_sum)

@@ -12,7 +12,7 @@ LONGEST = 192  # queries and keys: beyond, two rows have no room beside the bias
 _SHORTEST = 112  # queries and keys: shorter ones are mostly padding of tiles
 _FEWEST_ROWS = {2: 1024, 3: 768}  # of all heads, by tiles of the longer side: docs/benchmarks/log.md
 _HEADS = (16, 32)  # columns D
-_SIDE = 64
+SIDE = 64  # queries, and keys, of a tile
 _REGISTERS = {3: 160, 4: 120}  # by partitions: of all but the first, which has what they leave
 
 
@@ -37,10 +37,10 @@ class Shape:
 
 def shape_for(I: int, J: int, D: int) -> Shape:
     """Four partitions, or three, and as many turns of rows in shared memory as there is room for, four at most."""
-    TI, TJ = triton.cdiv(I, _SIDE), triton.cdiv(J, _SIDE)
+    TI, TJ = triton.cdiv(I, SIDE), triton.cdiv(J, SIDE)
     ROWS = 4 // TI
-    left = choice.SHARED_MEMORY - 2 * _SIDE * (_SIDE * TI * TJ + ROWS * TI * D) - 1024  # barriers, and what Triton adds
-    stages = min(4, left // (2 * _SIDE * ROWS * (D * (TI + 2 * TJ) + 2 * TJ)))
+    left = choice.SHARED_MEMORY - 2 * SIDE * (SIDE * TI * TJ + ROWS * TI * D) - 1024  # barriers, and what Triton adds
+    stages = min(4, left // (2 * SIDE * ROWS * (D * (TI + 2 * TJ) + 2 * TJ)))
     return Shape(ROWS, TI, TJ, stages, _REGISTERS[ROWS * TI])
 
 
@@ -50,7 +50,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     J = k.shape[2]
     if min(I, J) < _SHORTEST or max(I, J) > LONGEST:
         return f"{I} queries by {J} keys are not {_SHORTEST} to {LONGEST}"
-    if (fewest := _FEWEST_ROWS[triton.cdiv(max(I, J), _SIDE)]) > B * R * H:
+    if (fewest := _FEWEST_ROWS[triton.cdiv(max(I, J), SIDE)]) > B * R * H:
         return f"{B * R * H} rows of all heads are fewer than {fewest}"
     if D not in _HEADS:
         return f"D={D} is not in {_HEADS}"

@@ -33,7 +33,6 @@ class Plan:
         TI, TJ = triton.cdiv(I, SIDE), triton.cdiv(J, SIDE)
         rows = whole_choice.rows_of_a_program(R, B * H, choice.multiprocessors(q.get_device()))
         groups = triton.cdiv(R, rows)
-        self._key_is_mask = key_mask is not None
         given = {
             **arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first),
             "B": B,
@@ -74,8 +73,7 @@ class Plan:
         row_max: Tensor,
         row_sum: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if key is not None and self._key_is_mask:
-            key = key.view(torch.uint8)
+        key = arguments.bytes_of_mask(key)
         dq, dk, dv = (memory.empty(t.shape, q.dtype, q) for t in (q, k, v))
         dbias = memory.empty(self._dbias_shape, q.dtype, q)
         parts = memory.empty(self._parts_shape, torch.float32, q)
