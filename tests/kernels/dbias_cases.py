@@ -29,8 +29,8 @@ class Given:
         return torch.stack((self.row_max / math.log(2) + self.row_sum.log2(), delta), -1)
 
     @property
-    def sums(self) -> Tensor:
-        return torch.stack((self.row_max, self.row_sum.log2()), -1)
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.row_max, self.row_sum, self.terms
 
     @property
     def expected(self) -> Tensor:

@@ -37,7 +37,7 @@ def hopper() -> str:
 def launch(g: Given, shape: dbias_choice.Shape | None = None) -> torch.Tensor:
     x = g.x
     plan = dbias.Plan(x.grad_out, *x.op, shape)
-    return plan(x.grad_out, x.q, x.k, x.v, x.bias, g.key, g.terms, g.sums)
+    return plan(x.grad_out, x.q, x.k, x.v, x.bias, g.key, *g.statistics)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that other kernels would get otherwise go to the lean ones, too."""
     without_one_pass(monkeypatch)
-    for name in ("SHORTEST", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
+    for name in ("SHORTEST", "SHORTEST_AT_64", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
         monkeypatch.setattr(lean, name, 1)
 
 
@@ -81,6 +81,9 @@ CASES: dict[str, Callable[[str], Inputs]] = {
     "partial blocks": lambda device: draw(device, I=70, J=130, R=1, dtype=torch.float16),
     "head size 32": lambda device: draw(device, I=64, J=65, D=32, B=2, R=1, H=2),
     "head size 64": lambda device: draw(device, I=65, J=128, D=64, key_term="additive"),
+    "head size 64, one row wholly": lambda device: left_out(
+        left_out(draw(device, I=64, J=70, D=64, key_term="additive"), 0, 64), 1, 0
+    ),
     "no bias": lambda device: draw(device, I=64, J=70, has_bias=False, key_term="additive"),
     "large bias": lambda device: replace(x := draw(device, I=64, J=64), bias=x.bias * 1e4),
     "sharp": lambda device: draw(device, I=64, J=64, sharpness=30.0, key_term="mask"),
@@ -225,3 +228,6 @@ def test_small_calls_are_left_to_the_portable_kernels(device, monkeypatch):
     assert refusal(draw("cpu", I=128, J=512, R=64, H=4)) == "too small"
     assert refusal(draw("cpu", I=192, J=192, R=2, H=4)) == "too small"
     assert refusal(draw("cpu", I=192, J=192, R=192, H=4)) is None
+    assert refusal(draw("cpu", I=192, J=192, R=192, H=4, key_term="mask")) == "too small"
+    assert refusal(draw("cpu", I=127, J=192, R=256, H=8, D=64)) == "too small"
+    assert refusal(draw("cpu", I=128, J=128, R=256, H=8, D=64, key_term="mask")) is None

@@ -108,7 +108,7 @@ def backward_of(name: str, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
         from trifast_inductor.kernels.triangle_attention.portable import whole
 
         whole.LONGEST = whole_choice.LONGEST = 0
-        lean.SHORTEST = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
+        lean.SHORTEST = lean.SHORTEST_AT_64 = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
         saved = forward.portable(*x.op)
         run = backward.launch if name == "package" else backward.portable
         return lambda: run(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)

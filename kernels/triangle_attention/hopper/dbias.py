@@ -340,20 +340,20 @@ class Plan:
         v: Tensor,
         bias: Tensor,
         key: Tensor | None,
+        row_max: Tensor,
+        row_sum: Tensor,
         terms: Tensor,
-        sums: Tensor,
     ) -> Tensor:
         """
         Args:
             key: the key term, or the mask.
-            terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ; with sums,
-                as `lean/dq.py` leaves them.
-            sums: `[B, R, H, I, 2]`, float32, contiguous: row maximum, and log2 of the row sum.
+            terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ, as
+                `lean/operands.py` leaves them.
         """
         key = arguments.bytes_of_mask(key)
         parts = memory.empty(self._parts_shape, torch.float32, q)
-        row_tiles, far = self._row_terms(grad_out, terms, sums)
+        row_tiles, far = self._row_terms(grad_out, row_max, row_sum, terms)
         key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
         summed, walked = self._rows(far)
         self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, summed, key_bits, parts)
-        return self._finish(grad_out, q, k, v, bias, key, terms, sums, walked, parts)
+        return self._finish(grad_out, q, k, v, bias, key, row_max, row_sum, terms, walked, parts)

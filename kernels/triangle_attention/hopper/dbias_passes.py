@@ -53,8 +53,9 @@ def _is_far(row_max):
 @triton.jit(do_not_specialize=["heads", "R", "H", "I", "J", "tiles_i"])
 def _triangle_attention_bwd_dbias_row_terms(
     do_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum, log2 of the row sum
     tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
     far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all are; + NOT_SUMMED
     stride_dob: tl.int64,
@@ -75,12 +76,12 @@ def _triangle_attention_bwd_dbias_row_terms(
     head = program // tiles_i * HEADS + tl.arange(0, HEADS)
     i = tile_i * 128 + tl.arange(0, 128)
     in_range = (head < heads)[:, None] & (i < I)[None, :]
-    pairs = 2 * (head.to(tl.int64)[:, None] * I + i[None, :])
-    row_max = tl.load(sums_ptr + pairs, mask=in_range, other=0.0)
-    log2_sum = tl.load(sums_ptr + pairs + 1, mask=in_range, other=0.0)
-    delta = tl.load(terms_ptr + pairs + 1, mask=in_range, other=0.0)
+    query = head.to(tl.int64)[:, None] * I + i[None, :]
+    row_max = tl.load(row_max_ptr + query, mask=in_range, other=0.0)
+    row_sum = tl.load(row_sum_ptr + query, mask=in_range, other=1.0)
+    delta = tl.load(terms_ptr + 2 * query + 1, mask=in_range, other=0.0)
     far = _is_far(row_max)
-    shift = tl.where(far, float("inf"), tl.load(terms_ptr + pairs, mask=in_range, other=0.0))
+    shift = tl.where(far, float("inf"), tl.load(terms_ptr + 2 * query, mask=in_range, other=0.0))
     # [partition, warp, (i, i + 8), lane // 4, (shift, δ)] -> [partition, warp, lane // 4, (shift, δ), (i, i + 8)]
     both = tl.join(shift, delta).reshape([HEADS, 2, 4, 2, 8, 2]).permute([0, 1, 2, 4, 5, 3]).reshape([HEADS, 256])
     place = (head.to(tl.int64) * tiles_i + tile_i) * 256
@@ -97,10 +98,10 @@ def _triangle_attention_bwd_dbias_row_terms(
             d_ptrs = ptrs[:, :, None] + (d + tl.arange(0, 8))[None, None, :]
             do = tl.load(d_ptrs, mask=(walked != 0)[:, :, None], other=0.0)
             some |= tl.max((do != 0.0).to(tl.int32), 2)
-        is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
+        is_number = (tl.abs(row_max) < float("inf")) & (row_sum > 0.0) & (row_sum < float("inf"))
         walked = tl.where((some != 0) | (delta != 0.0) | (is_number == 0), walked, 0)
     # All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
-    uniform = far & (log2_sum == tl.log2(tl.cast(J, tl.float32))) & (tl.abs(delta) < float("inf"))
+    uniform = far & (row_sum == J) & (tl.abs(delta) < float("inf"))
     all_uniform = tl.min((uniform | (in_range == 0)).to(tl.int32), 1)
     all_far = tl.min((far | (in_range == 0)).to(tl.int32), 1)
     flag = tl.max(walked, 1) * (1 + all_uniform) + all_far * NOT_SUMMED
@@ -183,8 +184,9 @@ def _triangle_attention_bwd_dbias_finish(
     bias_ptr,
     key_ptr,
     do_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous
-    sums_ptr,  # [B, R, H, I, 2] contiguous
     rows_ptr,  # [B, H, tiles_i, R + 2], of the list above
     parts_ptr,  # [parts, B, H, I, J] contiguous
     dbias_ptr,  # [B, H, I, J] contiguous
@@ -275,10 +277,10 @@ def _triangle_attention_bwd_dbias_finish(
         row_key_ptr = key_ptr + r * stride_key_r if KEY_TERM != "none" else key_ptr
         key = load_key_term(row_key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         x = logits_tile(qk, bias, key[None, :], None, scale, fill, True, KEY_TERM, KEY_TERM_FIRST, EVEN_J=True)
-        pairs = 2 * (statistics * I + i)
-        row_max = tl.load(sums_ptr + pairs, mask=i_in_range, other=0.0)
-        log2_sum = tl.load(sums_ptr + pairs + 1, mask=i_in_range, other=0.0)
-        delta = tl.load(terms_ptr + pairs + 1, mask=i_in_range, other=0.0)
+        query = statistics * I + i
+        row_max = tl.load(row_max_ptr + query, mask=i_in_range, other=0.0)
+        log2_sum = tl.log2(tl.load(row_sum_ptr + query, mask=i_in_range, other=1.0))
+        delta = tl.load(terms_ptr + 2 * query + 1, mask=i_in_range, other=0.0)
         p = probabilities(x, row_max[:, None], log2_sum[:, None])
         do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
         v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
@@ -321,10 +323,10 @@ class RowTerms:
         programs = triton.cdiv(heads, 4) * tiles_i
         self._make = Launch(_triangle_attention_bwd_dbias_row_terms, programs, given, _TILE)
 
-    def __call__(self, grad_out: Tensor, terms: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, grad_out: Tensor, row_max: Tensor, row_sum: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         tiles = memory.empty(self._tiles_shape, torch.float32, terms)
         far = memory.empty(self._far_shape, torch.int32, terms)
-        self._make(grad_out, terms, sums, tiles, far)
+        self._make(grad_out, row_max, row_sum, terms, tiles, far)
         return tiles, far
 
 
@@ -396,11 +398,12 @@ class Finish:
         v: Tensor,
         bias: Tensor,
         key: Tensor | None,
+        row_max: Tensor,
+        row_sum: Tensor,
         terms: Tensor,
-        sums: Tensor,
         walked: Tensor,
         parts: Tensor,
     ) -> Tensor:
         dbias = memory.empty(bias.shape, bias.dtype, bias)
-        self._run(q, k, v, bias, key, grad_out, terms, sums, walked, parts, dbias)
+        self._run(q, k, v, bias, key, grad_out, row_max, row_sum, terms, walked, parts, dbias)
         return dbias

@@ -4,11 +4,11 @@
     dv = pᵀ·grad_out     dk = scale·dsᵀ·q     dq = scale·ds·k
 
 **Roles.** A program works on a row r and two blocks of 64 keys at a time, a partition of four warps for each block,
-which keeps its dk and dv in registers and walks the queries, 64 at a time. Tiles of logits are `[j, i]`: p and ds are
-left operands of dv and dk as they come, in registers, and only ds goes to shared memory, where a partition of its own
-multiplies it with k. What that gives of dq lacks the keys of the other passes of the program; it adds them up in a
-slice of float32 that no other program touches, so there are no atomics and two runs agree to the bit. One more warp
-copies what all of them read.
+which keeps its dk and dv in registers, up to D=32 k and v too, and walks the queries, 64 at a time. Tiles of logits are
+`[j, i]`: p and ds are left operands of dv and dk as they come, in registers, and only ds goes to shared memory, where a
+partition of its own multiplies it with k. What that gives of dq lacks the keys of the other passes of the program; it
+adds them up in a slice of float32 that no other program touches, so there are no atomics and two runs agree to the bit.
+One more warp copies what all of them read.
 
 **Order.** While exponentials are taken, ⟨grad_out, v⟩ is under way; while ds is stored, dv and the next logits are;
 while dk is, the next words of the bias are loaded. A product that begins anew is given the registers of the tile before
@@ -16,8 +16,10 @@ it: zeros of its own would have ptxas wait after every product.
 
 **Terms of a query.** What is subtracted from the logits and from ⟨grad_out, v⟩ would be two additions a logit, and
 differs from column to column of a tile. It is summed by the products instead: with 16 more columns, of which the left
-operand has ones, and `dqkv_passes.py` has left -L / (scale·log2(e)) and -δ of each query, in three bfloat16 each, which
+operand has ones, and the copying warp writes -L / (scale·log2(e)) and -δ of each query, in three bfloat16 each, which
 is all 24 bits. The key term goes the same way, the other way round.
+
+    columns of a query     0, 2, 4: -L / (scale·log2(e))     1, 3, 5: -δ     6 to 8: 1     9 to 15: 0
 
 Where this is not sound the head of the row is marked: it is left out here, and `lean/marked.py` does it.
 Source of the roles: Shah et al. 2024 (FlashAttention-3), section 3.
@@ -41,7 +43,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import choice, dqkv_choi
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2, unpacked_tile
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
-from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
+from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier, reinterpret
 
 SIDE = gl.constexpr(64)  # queries, and keys, of a tile
 BLOCKS = gl.constexpr(2)  # of keys, a partition each
@@ -63,12 +65,63 @@ def _place(item, R, H):
 
 
 @gluon.jit
+def _in_three(x):
+    """x as the sum of three bfloat16."""
+    high = x.to(gl.bfloat16)
+    rest = x - high.to(gl.float32)
+    middle = rest.to(gl.bfloat16)
+    return high, middle, (rest - middle.to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def _side_by_side(a, b):
+    """The upper halves of two float32, which are bfloat16, in one word."""
+    upper = b.to(gl.int32, bitcast=True) & -65536
+    return ((a.to(gl.int32, bitcast=True) >> 16) & 0xFFFF) | upper
+
+
+@gluon.jit
+def _after_cut(x):
+    """What the upper half of a float32 leaves of it."""
+    return x - (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _load_terms(terms_ptr, head, tile, I):
+    """L and δ of 64 queries, side by side; 0 past the end."""
+    place = gl.arange(0, 2 * SIDE, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    first = tile * SIDE
+    return gl.load(terms_ptr + 2 * (head.to(gl.int64) * I + first) + place, mask=place < 2 * (I - first), other=0.0)
+
+
+@gluon.jit
+def _leave_terms(smem, pairs, per_unit):
+    """A thread writes two queries, without a word from another; numbers are cut off after eight bits, not rounded."""
+    WORDS: gl.constexpr = gl.BlockedLayout([2, 8], [32, 1], [1, 1], [1, 0])
+    logsum, delta = pairs.reshape([SIDE, 2]).split()
+    shift = logsum * per_unit
+    minus_delta = -delta
+    high = _side_by_side(shift, minus_delta)
+    shift, minus_delta = _after_cut(shift), _after_cut(minus_delta)
+    middle = _side_by_side(shift, minus_delta)
+    low = _side_by_side(_after_cut(shift), _after_cut(minus_delta))
+    ones = gl.full([SIDE], 0x3F803F80, gl.int32, low.type.layout)
+    first = gl.join(gl.join(high, middle), gl.join(low, ones)).permute([0, 2, 1]).reshape([SIDE, 4])
+    word = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, first.type.layout)), 0)
+    last = gl.where(word == 0, gl.full([SIDE, 4], 0x3F80, gl.int32, first.type.layout), 0)
+    words = gl.join(first, last).permute([0, 2, 1]).reshape([SIDE, 8])
+    smem = reinterpret(smem, gl.int32, [SIDE, 8], gl.NVMMASharedLayout(32, 32, rank=2))
+    smem.store(gl.convert_layout(words, WORDS, assert_trivial=True))  # handed over by full
+
+
+@gluon.jit
 def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr):
     """The loading warp: keys of an item, and its queries tile by tile, as far ahead of the others as there is room."""
     (
-        q_desc, do_desc, k_desc, v_desc, terms_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem,
-        words_smem, full, empty, kv_full, kv_empty, listed_ptr, R, H, tiles_i, tiles_j, groups_j, items, heads,
+        q_desc, do_desc, k_desc, v_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem, words_smem, full,
+        empty, kv_full, kv_empty, terms_ptr, listed_ptr, R, H, I, tiles_i, tiles_j, groups_j, items, heads, scale,
     ) = shared  # fmt: skip
+    per_unit = -1 / (scale * LOG2E)
     slot = 0
     phase = 1
     kv_slot = 0
@@ -78,6 +131,7 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
         item = after
         after = _item(listed_ptr, turn + gl.num_programs(0), items, heads)
         b, r, h = _place(item, R, H)
+        pairs = _load_terms(terms_ptr, item, 0, I)
         for group in range(groups_j):
             mbarrier.wait(kv_empty.index(kv_slot), kv_phase)
             bar = kv_full.index(kv_slot)
@@ -90,9 +144,8 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
             for tile in range(tiles_i):
                 mbarrier.wait(empty.index(slot), phase)
                 bar = full.index(slot)
-                mbarrier.expect(bar, SIDE * (2 * 2 * D + 32) + BLOCKS * 2 * SIDE * SIDE)
+                mbarrier.expect(bar, SIDE * 2 * 2 * D + BLOCKS * 2 * SIDE * SIDE)
                 queries = [b, r, tile * SIDE, h, 0]
-                async_load(terms_desc, [(item * tiles_i + tile) * SIDE, 0], bar, terms_smem.index(slot))
                 async_load(q_desc, queries, bar, q_smem.index(slot))
                 async_load(do_desc, queries, bar, do_smem.index(slot))
                 for n in gl.static_range(BLOCKS):
@@ -100,16 +153,12 @@ def _copy(shared, STAGES: gl.constexpr, KV_STAGES: gl.constexpr, D: gl.constexpr
                     block = (b * H + h) * tiles_j + gl.minimum(group * BLOCKS + n, tiles_j - 1)
                     square = (block * tiles_i + tile) * SIDE
                     async_load(words_desc, [square, 0], bar, words_smem.index(slot * BLOCKS + n))
+                _leave_terms(terms_smem.index(slot), pairs, per_unit)
+                fence_async_shared()
+                mbarrier.arrive(bar, count=1)
+                # Of the next tile, which is the first one again after the last.
+                pairs = _load_terms(terms_ptr, item, (tile + 1) % tiles_i, I)
                 slot, phase = advance(slot, phase, STAGES)
-
-
-@gluon.jit
-def _in_three(x):
-    """x as the sum of three bfloat16."""
-    high = x.to(gl.bfloat16)
-    rest = x - high.to(gl.float32)
-    middle = rest.to(gl.bfloat16)
-    return high, middle, (rest - middle.to(gl.float32)).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -118,10 +167,10 @@ def _left_of_logits(key, LAYOUT: gl.constexpr):
     column = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT)), 0)
     high, middle, low = _in_three(key)
     zero = gl.zeros([SIDE, 16], gl.bfloat16, LAYOUT)
-    left = gl.where(column < 3, zero + 1.0, zero)
-    left = gl.where(column == 3, gl.expand_dims(high, 1), left)
-    left = gl.where(column == 4, gl.expand_dims(middle, 1), left)
-    return gl.where(column == 5, gl.expand_dims(low, 1), left)
+    left = gl.where((column < 6) & (column % 2 == 0), zero + 1.0, zero)
+    left = gl.where(column == 6, gl.expand_dims(high, 1), left)
+    left = gl.where(column == 7, gl.expand_dims(middle, 1), left)
+    return gl.where(column == 8, gl.expand_dims(low, 1), left)
 
 
 @gluon.jit
@@ -129,7 +178,7 @@ def _left_of_dp(LAYOUT: gl.constexpr):
     """Ones for the three parts of -δ."""
     column = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT)), 0)
     zero = gl.zeros([SIDE, 16], gl.bfloat16, LAYOUT)
-    return gl.where((column > 5) & (column < 9), zero + 1.0, zero)
+    return gl.where((column < 6) & (column % 2 == 1), zero + 1.0, zero)
 
 
 @gluon.jit
@@ -147,6 +196,7 @@ def _walk(
     KV_STAGES: gl.constexpr,
     DS_STAGES: gl.constexpr,
     KEY_TERM: gl.constexpr,
+    KEYS_STAY: gl.constexpr,
     D: gl.constexpr,
 ):
     """dk and dv of one block of keys of one row, for each group of keys of each item of the program."""
@@ -194,8 +244,11 @@ def _walk(
             left_of_logits = left_smem_of_logits.load(OF_X)
 
             mbarrier.wait(kv_full.index(kv_slot), kv_phase)
-            k = k_smem.index(kv_slot * BLOCKS + WHICH).reshape([SIDE, D]).load(OF_X)
-            v = v_smem.index(kv_slot * BLOCKS + WHICH).reshape([SIDE, D]).load(OF_X)
+            k = k_smem.index(kv_slot * BLOCKS + WHICH).reshape([SIDE, D])
+            v = v_smem.index(kv_slot * BLOCKS + WHICH).reshape([SIDE, D])
+            if KEYS_STAY:
+                k = k.load(OF_X)
+                v = v.load(OF_X)
             mbarrier.wait(full.index(slot), phase)
             words = words_smem.index(slot * BLOCKS + WHICH).load(WORDS)
             x = _product(
@@ -254,7 +307,8 @@ def _walk(
 def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.constexpr):
     """dq of 64 queries from the ds of both blocks; over groups of keys in the program's own slice.
 
-    A thread reads only what it wrote itself, so a sum needs no barrier and is loaded before its ds is there.
+    A thread reads only what it wrote itself, side by side, so a sum needs no barrier and is loaded before its ds is
+    there.
     """
     (
         k_smem, ds_smem, kv_full, kv_empty, ds_full, ds_empty, listed_ptr, sums_ptr, dq_ptr, R, H, I, tiles_i, groups_j,
@@ -262,10 +316,11 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
     ) = shared  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     of_tile = gl.arange(0, SIDE, layout=gl.SliceLayout(1, OUT))
     d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUT)), 0)
     sums_ptr += gl.program_id(0).to(gl.int64) * (tiles_i * SIDE * D)
-    sums_ptrs = sums_ptr + gl.expand_dims(of_tile * D, 1) + d
+    sums_ptrs = sums_ptr + gl.arange(0, SIDE * D, layout=FLAT)
     kv_slot = 0
     kv_phase = 0
     ds_slot = 0
@@ -277,7 +332,9 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
             for tile in range(tiles_i):
                 before = gl.zeros([SIDE, D], gl.float32, OUT)
                 if group > 0:
-                    before = gl.load(sums_ptrs + tile * (SIDE * D))
+                    x = gl.load(sums_ptrs + tile * (SIDE * D)).reshape([D // 8, 4, 8, 4, 2, 2])
+                    x = x.permute([1, 4, 2, 0, 3, 5]).reshape([SIDE, D])
+                    before = gl.convert_layout(x, OUT, assert_trivial=True)
                 mbarrier.wait(ds_full.index(ds_slot), ds_phase)
                 dq = gl.zeros([SIDE, D], gl.float32, OUT)
                 for n in gl.static_range(BLOCKS):
@@ -289,7 +346,8 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
                 ds_slot, ds_phase = advance(ds_slot, ds_phase, DS_STAGES)
                 dq = dq + before
                 if group < groups_j - 1:
-                    gl.store(sums_ptrs + tile * (SIDE * D), dq)
+                    x = dq.reshape([4, 2, 8, D // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([SIDE * D])
+                    gl.store(sums_ptrs + tile * (SIDE * D), gl.convert_layout(x, FLAT, assert_trivial=True))
                 else:
                     i = tile * SIDE + of_tile
                     offsets = (b * R + r).to(gl.int64) * I * H * D + h * D + gl.expand_dims(i * (H * D), 1) + d
@@ -305,8 +363,8 @@ def _triangle_attention_bwd_dqkv_hopper(
     do_desc,
     k_desc,
     v_desc,
-    terms_desc,  # of `dqkv_passes`
     words_desc,  # of `lean/words.py`, [j, i]
+    terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
     listed_ptr,  # of `lean/marked.py`: which heads are marked, and left out here
     key_ptr,
     sums_ptr,  # [programs, blocks of queries, 64, D] contiguous, float32; not read before it is written
@@ -330,6 +388,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     STAGES: gl.constexpr,
     KV_STAGES: gl.constexpr,
     DS_STAGES: gl.constexpr,
+    KEYS_STAY: gl.constexpr,
     REGISTERS: gl.constexpr,
     DQ_REGISTERS: gl.constexpr,
 ):
@@ -339,11 +398,12 @@ def _triangle_attention_bwd_dqkv_hopper(
     do_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, SIDE, 1, D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [KV_STAGES * BLOCKS, 1, 1, SIDE, 1, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [KV_STAGES * BLOCKS, 1, 1, SIDE, 1, D], v_desc.layout)
-    terms_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, SIDE, 16], terms_desc.layout)
     words_smem = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCKS, SIDE, SIDE // 2], words_desc.layout)
     DS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ds_smem = gl.allocate_shared_memory(dtype, [DS_STAGES * BLOCKS, SIDE, SIDE], DS)
-    left_smem = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCKS, SIDE, 16], gl.NVMMASharedLayout(32, 16, rank=2))
+    TERMS: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=2)
+    terms_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, SIDE, 16], TERMS)
+    left_smem = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCKS, SIDE, 16], TERMS)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [KV_STAGES, 1], mbarrier.MBarrierLayout())
@@ -351,7 +411,7 @@ def _triangle_attention_bwd_dqkv_hopper(
     ds_full = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
-        mbarrier.init(full.index(n), count=1)
+        mbarrier.init(full.index(n), count=2)  # what is copied, and the terms
         mbarrier.init(empty.index(n), count=BLOCKS)
     for n in gl.static_range(KV_STAGES):
         mbarrier.init(kv_full.index(n), count=1)
@@ -362,8 +422,8 @@ def _triangle_attention_bwd_dqkv_hopper(
     fence_async_shared()
     barrier()
     to_copy = (
-        q_desc, do_desc, k_desc, v_desc, terms_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem,
-        words_smem, full, empty, kv_full, kv_empty, listed_ptr, R, H, tiles_i, tiles_j, groups_j, items, heads,
+        q_desc, do_desc, k_desc, v_desc, words_desc, q_smem, do_smem, k_smem, v_smem, terms_smem, words_smem, full,
+        empty, kv_full, kv_empty, terms_ptr, listed_ptr, R, H, I, tiles_i, tiles_j, groups_j, items, heads, scale,
     )  # fmt: skip
     to_walk = (
         q_smem, do_smem, k_smem, v_smem, terms_smem, words_smem, ds_smem, left_smem, full, empty, kv_full, kv_empty,
@@ -376,8 +436,8 @@ def _triangle_attention_bwd_dqkv_hopper(
     )  # fmt: skip
     # fmt: off
     gl.warp_specialize([
-        (_walk, (to_walk, 0, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
-        (_walk, (to_walk, 1, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, D)),
+        (_walk, (to_walk, 0, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, KEYS_STAY, D)),
+        (_walk, (to_walk, 1, STAGES, KV_STAGES, DS_STAGES, KEY_TERM, KEYS_STAY, D)),
         (_sum_dq, (to_sum, KV_STAGES, DS_STAGES, D)),
         (_copy, (to_copy, STAGES, KV_STAGES, D)),
     ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, 24])
@@ -407,10 +467,10 @@ class Plan:
             "scale": scale,
             "D": D,
             "KEY_TERM": "none" if key is None else "add" if key.is_floating_point() else "select",
-            **vars(dqkv_choice.Shape()),
+            **vars(dqkv_choice.shape_for(D)),
         }
         boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "do", "k", "v")}
-        boxes |= {"terms_desc": (SIDE.value, 16), "words_desc": (SIDE.value, SIDE.value // 2)}
+        boxes["words_desc"] = (SIDE.value, SIDE.value // 2)
         self._run = CopyingLaunch(_triangle_attention_bwd_dqkv_hopper, programs, given, 4, boxes)
 
     def __call__(
@@ -429,10 +489,10 @@ class Plan:
 
         Args:
             words: of the bias, `[j, i]`, as `lean/words.py` makes them.
-            terms: as `dqkv_passes.QueryTerms` makes them.
+            terms: `[B, R, H, I, 2]`, L and δ, as `dqkv_passes.QueryTerms` leaves them.
             listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
         sums = memory.empty(self._sums_shape, torch.float32, q)
         key = arguments.bytes_of_mask(key)
-        self._run(q, grad_out, k, v, terms, words.view(-1, SIDE.value // 2), listed, key, sums, *gradients)
+        self._run(q, grad_out, k, v, words.view(-1, SIDE.value // 2), terms, listed, key, sums, *gradients)
         return True

@@ -24,8 +24,9 @@ def _triangle_attention_bwd_dbias_lean(
     key_terms_ptr,
     spans_ptr,
     do_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, flags] contiguous
     dbias_ptr,  # [groups, B, H, I, J] contiguous
     stride_qb: tl.int64,
@@ -93,6 +94,7 @@ def _triangle_attention_bwd_dbias_lean(
     bias = unpack(tl.load(words_ptr + tl.arange(0, WORDS)), dtype, BLOCK_J)
     row = b * R + first_row
     queries = (row * H + h) * I + first_i
+    terms_start = terms_ptr
     terms_ptr += 2 * queries
 
     # How many rows come before the first that the short form does not suit, and whether any reaches these keys.
@@ -119,8 +121,6 @@ def _triangle_attention_bwd_dbias_lean(
     k_after = k_ptr + short * stride_kr
     v_after = v_ptr + short * stride_vr
     do_after = do_ptr + short * stride_dor
-    terms_start = terms_ptr
-    sums_ptr += 2 * queries
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + (first_row + short) * stride_key_r + first_j * stride_key_j
         key_terms_ptr += row * J_terms + first_j
@@ -155,10 +155,10 @@ def _triangle_attention_bwd_dbias_lean(
         k = load(k_after, j, stride_kj, j_in_range, D, False)
         v = load(v_after, j, stride_vj, j_in_range, D, False)
         do = load(do_after, i, stride_doi, i_in_range, D, False)
-        pairs = n * (2 * H * I).to(tl.int64) + 2 * i
-        row_max = tl.load(sums_ptr + pairs, mask=i_in_range, other=0.0)
-        log2_sum = tl.load(sums_ptr + pairs + 1, mask=i_in_range, other=0.0)
-        delta = tl.load(terms_start + pairs + 1, mask=i_in_range, other=0.0)
+        query = queries + n * (H * I).to(tl.int64) + i
+        row_max = tl.load(row_max_ptr + query, mask=i_in_range, other=0.0)
+        log2_sum = tl.log2(tl.load(row_sum_ptr + query, mask=i_in_range, other=1.0))
+        delta = tl.load(terms_start + 2 * query + 1, mask=i_in_range, other=0.0)
         key = load_key_term(key_ptr, j, j_in_range, stride_key_j, KEY_TERM)
         qk = dot(q, tl.trans(k), None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)

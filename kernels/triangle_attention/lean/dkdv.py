@@ -26,6 +26,7 @@ def dkdv_of_block(
     operands,
     words_ptr,  # of the bias, [j, i]
     prepared,
+    saved,
     left,
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
@@ -44,7 +45,8 @@ def dkdv_of_block(
     of_q, of_k, of_v, of_key, of_do = operands
     key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
     key_terms_ptr, spans_ptr = prepared
-    terms_ptr, sums_ptr, huge_ptr = left
+    row_max_ptr, row_sum_ptr = saved
+    terms_ptr, huge_ptr = left
     R, H, I, J, J_terms, flags = sizes
     scale, fill = numbers
     WORDS: tl.constexpr = BLOCK_I * BLOCK_J // 2
@@ -70,7 +72,8 @@ def dkdv_of_block(
         words_ptr += ((b * H + h) * blocks + block) * tl.cdiv(I, SIDE) * SQUARE
     out_offset = ((row * J + first) * H + h) * D
     terms_ptr += 2 * head * I
-    sums_ptr += 2 * head * I
+    row_max_ptr += head * I
+    row_sum_ptr += head * I
 
     huge = 0
     for n in range(0, flags, 32):
@@ -95,7 +98,6 @@ def dkdv_of_block(
     q_after = q_ptr + short * tl.cast(stride_qi, tl.int64)
     do_after = do_ptr + short * tl.cast(stride_doi, tl.int64)
     terms_after = terms_ptr + 2 * short
-    sums_ptr += 2 * short
     words_after = words_ptr
     if HAS_BIAS:
         words_after += short // BLOCK_I * WORDS
@@ -130,7 +132,8 @@ def dkdv_of_block(
         q = load(q_after, i, stride_qi, in_range, D, False)
         do = load(do_after, i, stride_doi, in_range, D, False)
         # An infinite maximum makes p = 0 for a query past the end, whatever the key term.
-        row_max, log2_sum = load_pairs(sums_ptr, I - start, float("inf"), BLOCK_I, False)
+        row_max = tl.load(row_max_ptr + start + i, mask=in_range, other=float("inf"))
+        log2_sum = tl.log2(tl.load(row_sum_ptr + start + i, mask=in_range, other=1.0))
         _logsum, delta = load_pairs(terms_after, I - start, 0.0, BLOCK_I, False)
         kq = dot(k, tl.trans(q), None, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
@@ -148,7 +151,6 @@ def dkdv_of_block(
         q_after += BLOCK_I * tl.cast(stride_qi, tl.int64)
         do_after += BLOCK_I * tl.cast(stride_doi, tl.int64)
         terms_after += 2 * BLOCK_I
-        sums_ptr += 2 * BLOCK_I
 
     store(dk_ptr + out_offset, dk * scale, j, H * D, j_in_range, D)
     store(dv_ptr + out_offset, dv, j, H * D, j_in_range, D)
@@ -164,8 +166,9 @@ def _triangle_attention_bwd_dkdv_lean(
     key_terms_ptr,
     spans_ptr,
     do_ptr,
+    row_max_ptr,  # [B, R, H, I] contiguous
+    row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, flags] contiguous
     dk_ptr,  # [B, R, J, H, D] contiguous
     dv_ptr,  # [B, R, J, H, D] contiguous
@@ -220,7 +223,8 @@ def _triangle_attention_bwd_dkdv_lean(
         operands,
         words_ptr,
         (key_terms_ptr, spans_ptr),
-        (terms_ptr, sums_ptr, huge_ptr),
+        (row_max_ptr, row_sum_ptr),
+        (terms_ptr, huge_ptr),
         dk_ptr,
         dv_ptr,
         (R, H, I, J, J_terms, flags),

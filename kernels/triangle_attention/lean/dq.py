@@ -73,11 +73,12 @@ def dq_of_block(
     do = load(do_ptr, i, stride_doi, i_in_range, D, False)
     out_ptr, row_max_ptr, row_sum_ptr = saved
     out = load(out_ptr + out_offset, i, H * D, i_in_range, D, False)
+    terms_ptr, huge_ptr = left
     row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
-        (row_max_ptr, row_sum_ptr), left, out, do, row, h, first, i, i_in_range, (H, I, J)
+        (row_max_ptr, row_sum_ptr), terms_ptr, out, do, row, h, first, i, i_in_range, (H, I, J)
     )
     huge = flag_of(is_usual, is_uniform)
-    tl.store(left[2] + (row * H + h) * blocks + block, huge)
+    tl.store(huge_ptr + (row * H + h) * blocks + block, huge)
     end = J
     if KEY_TERM != "none":
         key_ptr += b * stride_key_b + r * stride_key_r
@@ -158,7 +159,6 @@ def _triangle_attention_bwd_dq_lean(
     row_max_ptr,  # [B, R, H, I] contiguous
     row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, blocks of queries] contiguous
     dq_ptr,  # [B, R, I, H, D] contiguous
     stride_qb: tl.int64,
@@ -212,7 +212,7 @@ def _triangle_attention_bwd_dq_lean(
         words_ptr,
         (key_terms_ptr, spans_ptr),
         (out_ptr, row_max_ptr, row_sum_ptr),
-        (terms_ptr, sums_ptr, huge_ptr),
+        (terms_ptr, huge_ptr),
         dq_ptr,
         (R, H, I, J, J_terms),
         (scale, fill),

@@ -17,10 +17,11 @@ from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, ke
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
-# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, steps 4 and 17.
+# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, steps 4, 17 and 24.
 SHORTEST = 192
+SHORTEST_AT_64 = 128  # head size
 FEWEST_LOGITS = 4 * 192**3
-# With a key term: shorter ones only where there is more to do.
+# With a key term and D up to 32: shorter ones only where there is more to do.
 SHORTEST_WITH_KEY_TERM = 256
 FEWEST_LOGITS_WITH_KEY_TERM = 80_000_000
 
@@ -39,8 +40,8 @@ def refusal(
     B, R, I, H, D = q.shape
     J = k.shape[2]
     logits = B * R * H * I * J
-    is_short = min(I, J) < SHORTEST or logits < FEWEST_LOGITS
-    if key_bias is not None or key_mask is not None:
+    is_short = min(I, J) < (SHORTEST if D <= 32 else SHORTEST_AT_64) or logits < FEWEST_LOGITS
+    if D <= 32 and (key_bias is not None or key_mask is not None):
         is_short |= min(I, J) < SHORTEST_WITH_KEY_TERM and logits < FEWEST_LOGITS_WITH_KEY_TERM
     why = None
     if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
@@ -108,7 +109,7 @@ class Plan:
         if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
             key = key_bias if key_mask is None else key_mask
             self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
-            self._query_terms = QueryTerms(grad_out, J, scale)
+            self._query_terms = QueryTerms(grad_out, J)
             self._do_marked(B * R * H, q, given, tile)
         self._dbias_on_hopper: Callable[..., Tensor] | None = None
         self._dbias: Launch | None = None
@@ -134,11 +135,12 @@ class Plan:
         given = {**given, "heads": heads}
         FLAGS = triton.next_power_of_2(given["flags"])
         of_list = {**given, "FLAGS": FLAGS, "SEEN": max(1, 8192 // FLAGS)}
-        programs = marked.PROGRAMS * hopper.multiprocessors(q.get_device())
+        # As many programs as the registers of all multiprocessors hold.
+        registers = 32 * tile.marked.num_warps * (tile.marked.maxnreg or 255)
+        programs = 65536 // registers * hopper.multiprocessors(q.get_device())
         self._marked_shape = (2 + 2 * heads,)
         self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, replace(tile.dq, num_warps=8))
-        # What is kept over the loop of blocks wants registers, too.
-        self._marked = Launch(marked._triangle_attention_bwd_marked, programs, given, replace(tile.dkdv, maxnreg=168))
+        self._marked = Launch(marked._triangle_attention_bwd_marked, programs, given, tile.marked)
 
     def _on_hopper(
         self,
@@ -152,16 +154,16 @@ class Plan:
         out: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
-        left: tuple[Tensor, Tensor, Tensor],
+        left: tuple[Tensor, Tensor],
         gradients: tuple[Tensor, Tensor, Tensor],
     ) -> Tensor | None:
-        """The heads that are marked, if dq, dk and dv of all others are there; what it needed besides is free again."""
+        """The heads that are marked, if dq, dk and dv of all others are there."""
         if self._dqkv_on_hopper is None:
             return None
-        columns = self._query_terms(grad_out, out, row_max, row_sum, left)
+        self._query_terms(grad_out, out, row_max, row_sum, left)
         marked = memory.empty(self._marked_shape, torch.int32, q)
-        self._list(left[2], spans, marked)
-        given = (grad_out, q, k, v, words, key, columns, marked, gradients)
+        self._list(left[1], spans, marked)
+        given = (grad_out, q, k, v, words, key, left[0], marked, gradients)
         return marked if hopper.attempt(self._dqkv_on_hopper, *given) else None
 
     def __call__(
@@ -180,26 +182,26 @@ class Plan:
             return memory.empty(shape, dtype, q)
 
         dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
-        terms, row_sums = (empty(self._terms_shape, torch.float32) for _ in range(2))
-        left = (terms, row_sums, empty(self._huge_shape, torch.int32))
+        left = (empty(self._terms_shape, torch.float32), empty(self._huge_shape, torch.int32))
         by_i, by_j, loud = self._words(bias)
         rest = (key, *self._keys(key, loud), grad_out)
-        saved = (out, row_max, row_sum)
+        statistics = (row_max, row_sum)
+        saved = (out, *statistics)
         marked = self._on_hopper(grad_out, q, k, v, by_j, key, rest[2], *saved, left, (dq, dk, dv))
         if marked is not None:
             self._marked(marked, q, k, v, by_i, by_j, *rest, *saved, *left, dq, dk, dv)
         else:
             self._dq(q, k, v, by_i, *rest, *saved, *left, dq)
-            self._dkdv(q, k, v, by_j, *rest, *left, dk, dv)
+            self._dkdv(q, k, v, by_j, *rest, *statistics, *left, dk, dv)
         if self._dbias_on_hopper is not None:
-            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, terms, row_sums)
+            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, left[0])
             if dbias is not None:
                 return dq, dk, dv, dbias
         sums_of_ds = empty(self._dbias_shape)
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
-            self._dbias(q, k, v, by_i, *rest, *left, parts)
+            self._dbias(q, k, v, by_i, *rest, *statistics, *left, parts)
             self._sum(parts, sums_of_ds)
         elif self._dbias is not None:
-            self._dbias(q, k, v, by_i, *rest, *left, sums_of_ds)
+            self._dbias(q, k, v, by_i, *rest, *statistics, *left, sums_of_ds)
         return dq, dk, dv, sums_of_ds

@@ -13,8 +13,6 @@ from trifast_inductor.kernels.triangle_attention.lean.dq import dq_of_block
 from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 from trifast_inductor.kernels.triangle_attention.lean.uniform import dkdv_of_uniform_head, dq_of_uniform_head
 
-PROGRAMS = 3  # to a multiprocessor: as many as fit
-
 
 @triton.jit
 def _triangle_attention_bwd_list_marked(
@@ -77,7 +75,6 @@ def _triangle_attention_bwd_marked(
     row_max_ptr,  # [B, R, H, I] contiguous
     row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
-    sums_ptr,  # [B, R, H, I, 2] contiguous: row maximum and log2 of the row sum
     huge_ptr,  # [B, R, H, flags] contiguous
     dq_ptr,  # [B, R, I, H, D] contiguous
     dk_ptr,  # [B, R, J, H, D] contiguous
@@ -126,7 +123,7 @@ def _triangle_attention_bwd_marked(
         (do_ptr, stride_dob, stride_dor, stride_doi, stride_doh),
     )
     prepared = (key_terms_ptr, spans_ptr)
-    left = (terms_ptr, sums_ptr, huge_ptr)
+    left = (terms_ptr, huge_ptr)
     walked = tl.load(listed_ptr + 1)
     uniform = tl.load(listed_ptr) - walked
     for n in tl.range(tl.program_id(0), 2 * uniform, tl.num_programs(0), disable_licm=True):
@@ -175,6 +172,7 @@ def _triangle_attention_bwd_marked(
                 operands,
                 turned_words_ptr,
                 prepared,
+                (row_max_ptr, row_sum_ptr),
                 left,
                 dk_ptr,
                 dv_ptr,

@@ -54,25 +54,21 @@ def short_probabilities(qk, factor, bias, logsum, key, HAS_BIAS: tl.constexpr, K
 
 
 @triton.jit
-def leave_terms(saved, left, out, do, row, h, first, i, in_range, sizes):
+def leave_terms(saved, terms_ptr, out, do, row, h, first, i, in_range, sizes):
     """L and δ of queries `first + i` of heads h of a row, stored for the other kernels, and what is unusual about them.
-
-    The row maximum and log2 of the row sum are stored, too, as both loops want their pairs: side by side.
 
     Args:
         saved: row maximum and row sum, `[B, R, H, I]`, contiguous.
-        left: terms `[B, R, H, I, 2]`, L and δ; sums `[B, R, H, I, 2]`, row maximum and log2 of the row sum; and flags.
+        terms_ptr: `[B, R, H, I, 2]`, L and δ.
 
     Returns:
         Row maximum, log2 of the row sum, L, δ, whether a query is neither huge nor not a number, and whether all its
         keys are at its maximum, as where all are left out.
     """
     row_max_ptr, row_sum_ptr = saved
-    terms_ptr, sums_ptr, _huge_ptr = left
     H, I, J = sizes
     query = (row * H + h) * I + first
     terms_ptr += 2 * query
-    sums_ptr += 2 * query
     row_max = tl.load(row_max_ptr + query + i, mask=in_range, other=0.0)
     row_sum = tl.load(row_sum_ptr + query + i, mask=in_range, other=1.0)
     log2_sum = tl.log2(row_sum)
@@ -83,8 +79,6 @@ def leave_terms(saved, left, out, do, row, h, first, i, in_range, sizes):
     is_uniform = ((row_sum == J) & is_number) | (in_range == 0)
     tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
     tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
-    tl.store(sums_ptr + 2 * i, row_max, mask=in_range)
-    tl.store(sums_ptr + 2 * i + 1, log2_sum, mask=in_range)
     return row_max, log2_sum, logsum, delta, is_usual, is_uniform
 
 
