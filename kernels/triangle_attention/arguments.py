@@ -94,6 +94,11 @@ def kind(shared: dict[str, Any], dtype: torch.dtype, device: int) -> dict[str, A
     }
 
 
+def key_term(key: Tensor | None) -> str:
+    """How a kernel takes it, KEY_TERM: a mask selects, a term is added."""
+    return "none" if key is None else "add" if key.is_floating_point() else "select"
+
+
 def bytes_of_mask(key: Tensor | None) -> Tensor | None:
     """A key term as it is, a mask in bytes: as kernels in Gluon are given either."""
     return key if key is None or key.is_floating_point() else key.view(torch.uint8)
@@ -132,7 +137,7 @@ def shared(
         "D": D,
         "BLOCK_D": padded_head(D),
         "HAS_BIAS": bias is not None,
-        "KEY_TERM": "none" if key is None else ("add" if key_mask is None else "select"),
+        "KEY_TERM": key_term(key),
         "KEY_TERM_FIRST": key_term_first,
         "PRECISION": dot_precision(q.dtype, D),
     }

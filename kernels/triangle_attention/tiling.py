@@ -30,6 +30,11 @@ class CappedTile(Tile):
 
     maxnreg: int | None = None
 
+    @property
+    def programs(self) -> int:
+        """As many as the registers of a multiprocessor hold."""
+        return 65536 // (32 * self.num_warps * (self.maxnreg or 255))
+
 
 # By how products are made and by columns of a tile. 16 bits and tf32 run on tensor cores; ieee float32 keeps
 # both operands in registers, which limits it to small tiles.

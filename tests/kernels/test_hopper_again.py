@@ -142,7 +142,7 @@ def test_key_terms_are_padded_and_flagged(device, select):
     assert (row_sum == 1).all()
 
 
-@pytest.mark.parametrize("value", ["mask", -1e9, -9000.0])
+@pytest.mark.parametrize("value", ["mask", -1e9, float("-inf"), -9000.0])
 def test_rows_with_no_key_left_are_told_of(device, value):
     """In which all keys are left out, or as good as that; more than eight stages of them."""
     select = value == "mask"

@@ -27,7 +27,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Any size goes to the kernel."""
     skip_off_hopper()
     take_any_size(monkeypatch)
-    monkeypatch.setattr(dqkv_choice, "_SHORTEST", dict.fromkeys(dqkv_choice._SHORTEST, 1))
     monkeypatch.setattr(choice, "_FEWEST_ITEMS", 1)
     backward._plans.clear()
     yield "cuda"

@@ -162,7 +162,13 @@ report(whole_forward._triangle_attention_fwd_whole_hopper, types, constants)
 
 @pytest.mark.parametrize(
     ("I", "J", "key_term"),
-    [(128, 128, "none *bf16"), (128, 128, "select *u8"), (128, 190, "add *fp32"), (192, 192, "select *u8")],
+    [
+        (128, 128, "none *bf16"),
+        (128, 128, "select *u8"),
+        (128, 190, "add *fp32"),
+        (192, 192, "add *fp32"),
+        (192, 192, "select *u8"),
+    ],
 )
 def test_products_stay_asynchronous(I, J, key_term):
     """ptxas waits after each product, and says so, when it meets something in their way or lacks registers."""

@@ -14,13 +14,15 @@ from tests.kernels.conftest import LAYOUTS, Case, skip_off_hopper
 from tests.kernels.covering import covering_array
 from tests.kernels.test_backward import NAMES, assert_gradients_within_budget, gradients, without_one_pass
 from trifast_inductor.kernels.triangle_attention import backward, forward
+from trifast_inductor.kernels.triangle_attention.hopper import dqkv_choice
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
 
 
 def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that other kernels would get otherwise go to the lean ones, too."""
     without_one_pass(monkeypatch)
-    for name in ("SHORTEST", "SHORTEST_AT_64", "SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
+    monkeypatch.setattr(dqkv_choice, "SHORTEST", dict.fromkeys(dqkv_choice.SHORTEST, 1))
+    for name in ("SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
         monkeypatch.setattr(lean, name, 1)
 
 

@@ -103,12 +103,13 @@ def backward_of(name: str, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """One whole backward; the lean kernels at any size."""
     if name in OURS:
         from trifast_inductor.kernels.triangle_attention import backward, forward
-        from trifast_inductor.kernels.triangle_attention.hopper import whole_choice
+        from trifast_inductor.kernels.triangle_attention.hopper import dqkv_choice, whole_choice
         from trifast_inductor.kernels.triangle_attention.lean import launch as lean
         from trifast_inductor.kernels.triangle_attention.portable import whole
 
         whole.LONGEST = whole_choice.LONGEST = 0
-        lean.SHORTEST = lean.SHORTEST_AT_64 = lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
+        dqkv_choice.SHORTEST = dict.fromkeys(dqkv_choice.SHORTEST, 1)
+        lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
         saved = forward.portable(*x.op)
         run = backward.launch if name == "package" else backward.portable
         return lambda: run(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)

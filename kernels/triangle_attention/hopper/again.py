@@ -234,12 +234,11 @@ def _triangle_attention_fwd_again(
 # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
 # a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
 _TILE = CappedTile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3, maxnreg=128)
-_PROGRAMS = 4  # of a multiprocessor: what its registers hold at D=32
 
 
 def _programs(device: int) -> int:
     """Odd: where the same queries of every head are unsound, they too go to different programs."""
-    return _PROGRAMS * (multiprocessors(device) if device >= 0 else 1) - 1  # the interpreter has one
+    return _TILE.programs * (multiprocessors(device) if device >= 0 else 1) - 1  # the interpreter has one
 
 
 class Again:

@@ -316,11 +316,11 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
     ) = shared  # fmt: skip
     dtype: gl.constexpr = k_smem.dtype
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    IN_ORDER: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     of_tile = gl.arange(0, SIDE, layout=gl.SliceLayout(1, OUT))
     d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, OUT)), 0)
     sums_ptr += gl.program_id(0).to(gl.int64) * (tiles_i * SIDE * D)
-    sums_ptrs = sums_ptr + gl.arange(0, SIDE * D, layout=FLAT)
+    sums_ptrs = sums_ptr + gl.arange(0, SIDE * D, layout=IN_ORDER)
     kv_slot = 0
     kv_phase = 0
     ds_slot = 0
@@ -347,7 +347,7 @@ def _sum_dq(shared, KV_STAGES: gl.constexpr, DS_STAGES: gl.constexpr, D: gl.cons
                 dq = dq + before
                 if group < groups_j - 1:
                     x = dq.reshape([4, 2, 8, D // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([SIDE * D])
-                    gl.store(sums_ptrs + tile * (SIDE * D), gl.convert_layout(x, FLAT, assert_trivial=True))
+                    gl.store(sums_ptrs + tile * (SIDE * D), gl.convert_layout(x, IN_ORDER, assert_trivial=True))
                 else:
                     i = tile * SIDE + of_tile
                     offsets = (b * R + r).to(gl.int64) * I * H * D + h * D + gl.expand_dims(i * (H * D), 1) + d
@@ -466,7 +466,7 @@ class Plan:
             "heads": heads,
             "scale": scale,
             "D": D,
-            "KEY_TERM": "none" if key is None else "add" if key.is_floating_point() else "select",
+            "KEY_TERM": arguments.key_term(key),
             **vars(dqkv_choice.shape_for(D)),
         }
         boxes: dict[str, tuple[int, ...]] = {f"{name}_desc": (1, 1, SIDE.value, 1, D) for name in ("q", "do", "k", "v")}

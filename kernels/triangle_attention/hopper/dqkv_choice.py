@@ -6,7 +6,8 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
-_SHORTEST = {16: 192, 32: 192, 64: 128}  # queries and keys, by D: docs/benchmarks/log-backward.md, steps 17 and 24
+# Queries and keys, by D, of the lean kernels, too: docs/benchmarks/log-backward.md, steps 17 and 24.
+SHORTEST = {16: 192, 32: 192, 64: 128}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def refusal(
     key_term_first: bool,
 ) -> str | None:
     """Why only the lean kernels serve this call, or None where the Hopper one can."""
-    shortest = _SHORTEST.get(q.shape[-1])
+    shortest = SHORTEST.get(q.shape[-1])
     if shortest is None:
-        return f"D={q.shape[-1]} is not in {tuple(_SHORTEST)}"
+        return f"D={q.shape[-1]} is not in {tuple(SHORTEST)}"
     if min(q.shape[2], k.shape[2]) < shortest:
         return f"{q.shape[2]} queries by {k.shape[2]} keys are fewer than {shortest}"
     if (why := choice.gradient_refusal(grad_out, q)) is not None:

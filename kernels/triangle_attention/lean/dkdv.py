@@ -108,7 +108,7 @@ def dkdv_of_block(
     for _ in range(0, short, BLOCK_I):
         q = load(q_ptr, i, stride_qi, None, D, True)
         do = load(do_ptr, i, stride_doi, None, D, True)
-        logsum, delta = load_pairs(terms_ptr, 0, 0.0, BLOCK_I, True)
+        logsum, delta = load_pairs(terms_ptr, 0, BLOCK_I, True)
         kq = dot(k, tl.trans(q), None, PRECISION)  # [BLOCK_J, BLOCK_I]
         dp = dot(v, tl.trans(do), None, PRECISION)
         bias = 0.0
@@ -134,7 +134,7 @@ def dkdv_of_block(
         # An infinite maximum makes p = 0 for a query past the end, whatever the key term.
         row_max = tl.load(row_max_ptr + start + i, mask=in_range, other=float("inf"))
         log2_sum = tl.log2(tl.load(row_sum_ptr + start + i, mask=in_range, other=1.0))
-        _logsum, delta = load_pairs(terms_after, I - start, 0.0, BLOCK_I, False)
+        _logsum, delta = load_pairs(terms_after, I - start, BLOCK_I, False)
         kq = dot(k, tl.trans(q), None, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         bias = 0.0

@@ -17,9 +17,8 @@ from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, ke
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
-# Below either the passes that prepare cost more than they save: docs/benchmarks/log-backward.md, steps 4, 17 and 24.
-SHORTEST = 192
-SHORTEST_AT_64 = 128  # head size
+# Below it, or `dqkv_choice.SHORTEST`, passes that prepare cost more than they save: docs/benchmarks/log-backward.md,
+# steps 4, 17 and 24.
 FEWEST_LOGITS = 4 * 192**3
 # With a key term and D up to 32: shorter ones only where there is more to do.
 SHORTEST_WITH_KEY_TERM = 256
@@ -40,7 +39,7 @@ def refusal(
     B, R, I, H, D = q.shape
     J = k.shape[2]
     logits = B * R * H * I * J
-    is_short = min(I, J) < (SHORTEST if D <= 32 else SHORTEST_AT_64) or logits < FEWEST_LOGITS
+    is_short = min(I, J) < dqkv_choice.SHORTEST.get(D, 1) or logits < FEWEST_LOGITS
     if D <= 32 and (key_bias is not None or key_mask is not None):
         is_short |= min(I, J) < SHORTEST_WITH_KEY_TERM and logits < FEWEST_LOGITS_WITH_KEY_TERM
     why = None
@@ -135,9 +134,7 @@ class Plan:
         given = {**given, "heads": heads}
         FLAGS = triton.next_power_of_2(given["flags"])
         of_list = {**given, "FLAGS": FLAGS, "SEEN": max(1, 8192 // FLAGS)}
-        # As many programs as the registers of all multiprocessors hold.
-        registers = 32 * tile.marked.num_warps * (tile.marked.maxnreg or 255)
-        programs = 65536 // registers * hopper.multiprocessors(q.get_device())
+        programs = tile.marked.programs * hopper.multiprocessors(q.get_device())
         self._marked_shape = (2 + 2 * heads,)
         self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, replace(tile.dq, num_warps=8))
         self._marked = Launch(marked._triangle_attention_bwd_marked, programs, given, tile.marked)

@@ -90,11 +90,11 @@ def flag_of(is_usual, is_uniform):
 
 
 @triton.jit
-def load_pairs(ptr, left, other, BLOCK_I: tl.constexpr, WHOLE: tl.constexpr):
-    """Two numbers of each of BLOCK_I queries, `left` of which exist.
+def load_pairs(ptr, left, BLOCK_I: tl.constexpr, WHOLE: tl.constexpr):
+    """Two numbers of each of BLOCK_I queries, `left` of which exist; zeros of others.
 
     In one load, so that they are copied ahead and not by every thread for itself.
     """
     place = tl.arange(0, 2 * BLOCK_I)
-    pairs = tl.load(ptr + place) if WHOLE else tl.load(ptr + place, mask=place < 2 * left, other=other)
+    pairs = tl.load(ptr + place) if WHOLE else tl.load(ptr + place, mask=place < 2 * left, other=0.0)
     return tl.split(tl.reshape(pairs, [BLOCK_I, 2]))

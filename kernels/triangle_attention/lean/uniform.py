@@ -60,7 +60,7 @@ def dq_of_uniform_head(
     for start in range(0, I, BLOCK):
         in_range = n < I - start
         do = load(do_ptr, n, stride_doi, in_range, D, False)
-        _logsum, delta = load_pairs(terms_ptr, I - start, 0.0, BLOCK, False)
+        _logsum, delta = load_pairs(terms_ptr, I - start, BLOCK, False)
         dq = dot(do.to(tl.float32), vk, None, FLOAT32) - delta[:, None] * sum_k[None, :]
         store(dq_ptr, dq * factor, n, H * D, in_range, D)
         do_ptr += BLOCK * tl.cast(stride_doi, tl.int64)
@@ -102,7 +102,7 @@ def dkdv_of_uniform_head(
         in_range = n < I - start
         q = load(q_ptr, n, stride_qi, in_range, D, False)
         do = load(do_ptr, n, stride_doi, in_range, D, False)
-        _logsum, delta = load_pairs(terms_ptr, I - start, 0.0, BLOCK, False)
+        _logsum, delta = load_pairs(terms_ptr, I - start, BLOCK, False)
         doq = dot(tl.trans(do), q, doq, PRECISION)
         sums_do += do.to(tl.float32)
         sums_q += q.to(tl.float32) * delta[:, None]
