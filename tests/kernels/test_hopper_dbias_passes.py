@@ -13,7 +13,8 @@ from .dbias_cases import CHANGES, Given, given, inputs, wholly_filled, wholly_le
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
-from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
+from trifast_inductor.kernels.triangle_attention.hopper.lists import Listed, Lists
+from trifast_inductor.kernels.triangle_attention.hopper.query_terms import QueryTerms
 
 
 def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, summed: Tensor, group: int) -> Tensor:
@@ -21,8 +22,8 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
     x = g.x
     B, R, I, H, _ = x.q.shape
     J = x.k.shape[2]
-    # Partition, warp, lane // 4, (shift, δ), (i, i + 8).
-    terms = row_tiles.view(B, R, H, -1, 2, 4, 8, 2, 2).permute(7, 0, 1, 2, 3, 4, 5, 8, 6).reshape(2, B, R, H, -1)
+    # Block, warp, lane // 4, (shift, δ), (i, i + 8).
+    terms = row_tiles.view(B, R, H, -1, 4, 8, 2, 2).permute(6, 0, 1, 2, 3, 4, 7, 5).reshape(2, B, R, H, -1)
     shift, delta = terms[..., :I, None]
     qk = torch.einsum("brihd,brjhd->brhij", x.q.float(), x.k.float())
     dp = torch.einsum("brihd,brjhd->brhij", x.grad_out.float(), x.v.float())
@@ -37,8 +38,8 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
         key = key[:, :, None, None, :J]
         qk = torch.where(masked, qk + key if x.key_mask is None else qk.fmin(key), qk)
     p = torch.exp2(qk * (x.scale * math.log2(math.e)) - shift)
-    listed = torch.zeros((B, H, summed.shape[2], R), dtype=torch.bool, device=p.device)
-    for of_tile, (count, *rows) in zip(listed.flatten(0, 2), summed.flatten(0, 2).tolist(), strict=True):
+    listed = torch.zeros((B, H, -(-I // 128), R), dtype=torch.bool, device=p.device)
+    for of_tile, (count, *rows) in zip(listed.flatten(0, 2), summed.tolist(), strict=True):
         of_tile[rows[:count]] = True
     # What is not summed is not read: here it would be seen.
     listed = listed.permute(0, 3, 1, 2).repeat_interleave(128, 3)[..., :I, None]
@@ -46,17 +47,36 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
     return torch.stack([part.sum(1) for part in ds.split(group, 1)])
 
 
+def terms_of(g: Given) -> tuple[Tensor, Tensor]:
+    """Tiles of shift and δ, and flags of blocks of 64 queries `[B, H, blocks, R]`."""
+    B, R, I, H, _ = g.x.q.shape
+    terms, huge = torch.empty_like(g.terms), torch.empty((B, R, H, -(-I // 64)), dtype=torch.int32, device=g.x.q.device)
+    make = QueryTerms(g.x.grad_out, g.x.k.shape[2], tiled=True)
+    tiles, flags = make(g.x.grad_out, g.out.contiguous(), g.row_max, g.row_sum, (terms, huge))
+    torch.testing.assert_close(terms, g.terms, rtol=1e-5, atol=1e-5, equal_nan=True)
+    return tiles, flags
+
+
+def of_tiles(flags: Tensor) -> Tensor:
+    """`[B, H, tiles, R]`: 1 if the last pass walks a tile, 2 if it is uniform besides, and 4 if it is not summed."""
+    first, second = flags.unflatten(2, (-1, 2)).unbind(3)
+    is_walked, of_all = (first | second) & 1, first & second
+    return is_walked * (1 + (of_all >> 1 & 1)) + (of_all & 4)
+
+
+def listed(flags: Tensor, J: int = 1, key: Tensor | None = None, scale: float = 1.0) -> Listed:
+    B, H, blocks, R = flags.shape
+    huge = torch.zeros((B * R * H * blocks,), dtype=torch.int32, device=flags.device)
+    spans = torch.zeros((B, R, 2), dtype=torch.int32, device=flags.device)
+    return Lists(B, R, H, 64 * blocks, J, key, scale, tiled=True)(huge, spans, flags, key)
+
+
 def dbias(g: Given, group: int = 1000) -> Tensor:
-    x = g.x
-    row_tiles, far = passes.RowTerms(x.grad_out, x.k.shape[2])(x.grad_out, *g.statistics)
-    key_term = "add" if x.key_mask is None else "select"
-    keys = None if g.key is None else passes.KeyTerms(g.key, x.scale, key_term)(g.key)
-    summed, walked = listed(far)
-    return finished(g, walked, rows_summed(g, row_tiles, keys, summed, group))
-
-
-def listed(far: Tensor) -> tuple[Tensor, Tensor]:
-    return passes.Rows(far.shape[3], *far.shape[:3])(far)
+    row_tiles, flags = terms_of(g)
+    key = g.x.key_bias if g.x.key_mask is None else g.x.key_mask
+    lists = listed(flags, g.x.k.shape[2], key, g.x.scale)
+    keys = None if key is None else (lists.key_tiles, lists.key_bits)
+    return finished(g, lists.walked, rows_summed(g, row_tiles, keys, lists.summed, group))
 
 
 def finished(g: Given, walked: Tensor, parts: Tensor) -> Tensor:
@@ -95,12 +115,12 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     x.q[:, 1, 2] *= 1e5
     x.bias[..., 100, 130] = 45.0
     g = given(x)
-    _, far = passes.RowTerms(x.grad_out, x.k.shape[2])(x.grad_out, *g.statistics)
-    expected = torch.zeros_like(far)
+    _, flags = terms_of(g)
+    expected = torch.zeros_like(of_tiles(flags))
     expected[:, :, 0, 1] = 1
-    assert torch.equal(far, expected)
+    assert torch.equal(of_tiles(flags), expected)
     parts = torch.full((2, *x.bias.shape), 0.5, device=device)
-    actual = finished(g, listed(far)[1], parts)
+    actual = finished(g, listed(flags).walked, parts)
     other = torch.ones_like(x.bias, dtype=torch.bool)
     other[..., 2, :] = False
     other[..., 96:128, 128:] = False
@@ -114,11 +134,11 @@ def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
 def test_bits_tell_which_rows_have_a_key_term(device, key_term):
     """In more rows than a word has bits."""
     x = inputs(device, key_term, R=70, I=1, J=300)
-    key = x.key_bias if x.key_mask is None else x.key_mask.view(torch.uint8)
+    key = x.key_bias if x.key_mask is None else x.key_mask
     key[...] = 0
     for r, j in ((0, 5), (31, 127), (32, 128), (69, 299), (69, 0)):
         key[:, r, j] = 1
-    _, bits = passes.KeyTerms(key, x.scale, "add" if x.key_mask is None else "select")(key)
+    bits = listed(torch.zeros((1, 2, 2, 70), dtype=torch.int32, device=device), 300, key, x.scale).key_bits
     expected = torch.zeros((1, 3, 3), dtype=torch.int64)
     for tile, r in ((0, 0), (0, 31), (1, 32), (2, 69), (0, 69)):
         expected[:, tile, r // 32] |= 1 << r % 32
@@ -133,8 +153,23 @@ def test_rows_are_listed_in_order(device, R):
     far[0, 0, 2] = 2
     not_summed = torch.rand(far.shape, generator=generator) < 0.5
     not_summed[1, 0, 2] = True
-    given = far + not_summed.int() * passes.NOT_SUMMED.value
-    summed, walked = (rows.cpu().flatten(0, 2) for rows in listed(given.to(device)))
+
+    def one_at_most() -> Tensor:
+        """Of two blocks, by a bit each, none or one."""
+        return torch.randint(0, 3, far.shape, generator=generator, dtype=torch.int32)
+
+    blocks = torch.zeros((2, *far.shape), dtype=torch.int32)
+    walked = torch.where(far > 0, torch.randint(1, 4, far.shape, generator=generator), 0)
+    for bit, which in (
+        (1, walked),
+        (2, torch.where(far == 2, 3, one_at_most())),
+        (4, torch.where(not_summed, 3, one_at_most())),
+    ):
+        for n in range(2):
+            blocks[n] += bit * (which >> n & 1).int()
+    flags = blocks.movedim(0, 3).flatten(2, 3).contiguous()
+    lists = listed(flags.to(device))
+    summed, walked = lists.summed.cpu(), lists.walked.cpu()
     for rows, flags in zip(summed, ~not_summed.flatten(0, 2), strict=True):
         assert rows[1 : 1 + rows[0]].tolist() == flags.nonzero()[:, 0].tolist()
     for rows, flags in zip(walked, far.flatten(0, 2), strict=True):
@@ -156,11 +191,11 @@ def test_queries_without_a_gradient_are_not_walked(device, key_term):
     x.grad_out[0, 2, 129, 1, 3] = 1.0
     g = given(x)
     g.row_sum[0, 3, 0, 5] = float("nan")
-    _, far = passes.RowTerms(x.grad_out, x.k.shape[2])(x.grad_out, *g.statistics)
-    expected = torch.zeros_like(far)
+    _, flags = terms_of(g)
+    expected = torch.zeros_like(of_tiles(flags))
     # Of head 1, the second 128 queries, row 2: all are uniform.
-    expected[0, 1, 1, 2] = UNIFORM.value
+    expected[0, 1, 1, 2] = 2
     expected[0, 0, 0, 3] = 1
-    expected[:, :, :, 1:] += passes.NOT_SUMMED.value
-    assert torch.equal(far, expected)
+    expected[:, :, :, 1:] += 4
+    assert torch.equal(of_tiles(flags), expected)
     torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4, equal_nan=True)

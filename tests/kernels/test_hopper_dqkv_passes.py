@@ -14,9 +14,9 @@ from tests.kernels.conftest import skip_off_hopper
 from tests.kernels.test_backward import assert_gradients_within_budget
 from tests.kernels.test_lean_backward import CASES, draw, left_out, take_any_size
 from trifast_inductor.kernels.triangle_attention import backward, forward
-from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
+from trifast_inductor.kernels.triangle_attention.hopper.lists import Lists
+from trifast_inductor.kernels.triangle_attention.hopper.query_terms import QueryTerms
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
-from trifast_inductor.kernels.triangle_attention.lean import marked
 
 LOG2E = math.log2(math.e)
 
@@ -116,9 +116,8 @@ def test_list_of_heads(device, share):
     huge *= torch.randint(1, 3, huge.shape, device=device, dtype=torch.int32)
     spans = torch.zeros((1250, 2), dtype=torch.int32, device=device)
     spans[700, 1] = 1
-    listed = torch.full((5002,), -1, dtype=torch.int32, device=device)
-    options = {"KEY_TERM": "add", "FLAGS": 4, "SEEN": 1024}
-    marked._triangle_attention_bwd_list_marked[(1,)](huge, spans, listed, 2500, 2, 3, **options)
+    key = torch.zeros((1, 1250, 5), device=device)
+    listed = Lists(1, 1250, 2, 130, 5, key, 1.0, tiled=False)(huge, spans, None, key).marked
     is_marked = ((huge.sum(-1) > 0) | (spans[:, 1:] > 0)).flatten().cpu()
     is_uniform = (huge == 2).all(-1).flatten().cpu()
     walked, uniform, others = lists_of(listed)
@@ -132,7 +131,7 @@ def test_terms_of_queries(device):
     x.bias[1, 0, 65] += 20000.0
     out, row_max, row_sum = forward.launch(*x.op)
     left = torch.empty((*row_max.shape, 2), device=device), torch.empty((2, 3, 2, 2), device=device).int()
-    QueryTerms(x.grad_out, 66)(x.grad_out, out, row_max, row_sum, left)
+    QueryTerms(x.grad_out, 66, tiled=False)(x.grad_out, out, row_max, row_sum, left)
     logsum = row_max.double() * LOG2E + row_sum.double().log2()
     delta = (out.double() * x.grad_out.double()).sum(-1).transpose(2, 3)
     terms, huge = left

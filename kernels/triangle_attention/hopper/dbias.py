@@ -7,8 +7,9 @@
     dbias = exp(bias)·Σ_r exp(scale·⟨q, k⟩ + key term - row_max - log(row_sum))·(dp - δ)
 
 and this kernel, which takes the sum, does not read it: four instructions a logit, one of them the exponential.
-`dbias_passes.py` makes what it reads of the row statistics and the key term, and holds the pass that multiplies by
-exp(bias), adds the groups of rows in order, and takes the rows and tiles for which the factors leave float32.
+`query_terms.py` and `lists.py` make what it reads of the row statistics and the key term; the pass after it, in
+`dbias_passes.py`, multiplies by exp(bias), adds the groups of rows in order, and takes the rows and tiles for which the
+factors leave float32.
 
 **Sharing.** A program owns 128 queries by 128 keys for its share of the rows, without those that add nothing. Its
 partitions, of four warps, keep sums of 64 queries by 64 or 128 keys in registers. One more warp brings q, grad_out, k
@@ -35,6 +36,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as p
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT, hand, handed
+from trifast_inductor.kernels.triangle_attention.hopper.lists import Listed
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
@@ -206,10 +208,10 @@ def _triangle_attention_bwd_dbias_hopper(
     do_desc,
     k_desc,
     v_desc,
-    terms_desc,  # of `dbias_passes.RowTerms`
-    key_desc,  # of `dbias_passes.KeyTerms`
-    summed_ptr,  # of `dbias_passes.Rows`
-    key_bits_ptr,  # of `dbias_passes.KeyTerms`
+    terms_desc,  # of `query_terms.py`
+    key_desc,  # of `lists.py`
+    summed_ptr,  # of `lists.py`
+    key_bits_ptr,  # of `lists.py`
     parts_ptr,  # [parts, B, H, I, J] contiguous, float32: the sums over groups of rows, not yet times exp(bias)
     B,
     R,
@@ -306,16 +308,12 @@ class Plan:
         B, R, I, H, D = q.shape
         J = k.shape[2]
         shape = shape or shape_for(D)
-        key = arguments.bytes_of_mask(key_bias if key_mask is None else key_mask)
         shared = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
         tiles_i, tiles_j = (triton.cdiv(length, dbias_choice.TILE) for length in (I, J))
         tiles = B * H * tiles_i * tiles_j
         group = rows_of_a_part(R, tiles, choice.multiprocessors(q.get_device()))
         parts = triton.cdiv(R, group)
         self._parts_shape = (parts, B, H, I, J)
-        self._row_terms = passes.RowTerms(grad_out, J)
-        self._rows = passes.Rows(R, B, H, tiles_i)
-        self._key_terms = None if key is None else passes.KeyTerms(key, scale, shared["KEY_TERM"])
         given = {
             **shared,
             "B": B,
@@ -343,17 +341,17 @@ class Plan:
         row_max: Tensor,
         row_sum: Tensor,
         terms: Tensor,
+        row_tiles: Tensor,
+        listed: Listed,
     ) -> Tensor:
         """
         Args:
             key: the key term, or the mask.
             terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ, as
                 `lean/operands.py` leaves them.
+            row_tiles: of `query_terms.py`.
         """
         key = arguments.bytes_of_mask(key)
         parts = memory.empty(self._parts_shape, torch.float32, q)
-        row_tiles, far = self._row_terms(grad_out, row_max, row_sum, terms)
-        key_tiles, key_bits = (None, None) if key is None or self._key_terms is None else self._key_terms(key)
-        summed, walked = self._rows(far)
-        self._sum_rows(q, grad_out, k, v, row_tiles, key_tiles, summed, key_bits, parts)
-        return self._finish(grad_out, q, k, v, bias, key, row_max, row_sum, terms, walked, parts)
+        self._sum_rows(q, grad_out, k, v, row_tiles, listed.key_tiles, listed.summed, listed.key_bits, parts)
+        return self._finish(grad_out, q, k, v, bias, key, row_max, row_sum, terms, listed.walked, parts)

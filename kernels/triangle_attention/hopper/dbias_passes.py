@@ -1,4 +1,4 @@
-"""What stands around the sum over rows of `dbias.py`: three passes before it and one after, in plain Triton.
+"""What stands around the sum over rows of `dbias.py`, in plain Triton: what others make for it, and a pass after it.
 
     shift = row_max·log2(e) + log2(row_sum)          p = exp(bias)·exp2(scale·log2(e)·⟨q, k⟩ + key term - shift)
 
@@ -13,18 +13,14 @@ All of it is exact only while row_max is a number of some size and the bias not 
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import math
-from dataclasses import replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 from trifast_inductor.kernels.triangle_attention.logits import (
     LOG2E,
     dot,
@@ -40,90 +36,64 @@ from trifast_inductor.kernels.triangle_attention.tiling import Tile
 FAR = tl.constexpr(4096.0)
 # exp(44) is 2^63.5: beside it, sums of 2^64 and probabilities of 2^-62 are within float32.
 LARGEST = tl.constexpr(44.0)
-NOT_SUMMED = tl.constexpr(4)  # besides 1 and `UNIFORM`
+WALKED = tl.constexpr(1)
+ALL_UNIFORM = tl.constexpr(2)
+ALL_FAR = tl.constexpr(4)  # not summed
 
 
 @triton.jit
-def _is_far(row_max):
+def is_far(row_max):
     # Of NaN too.
     return (tl.abs(row_max) <= FAR) == 0
 
 
-# Compiled once for all lengths, as the kernel between them is.
-@triton.jit(do_not_specialize=["heads", "R", "H", "I", "J", "tiles_i"])
-def _triangle_attention_bwd_dbias_row_terms(
-    do_ptr,
-    row_max_ptr,  # [B, R, H, I] contiguous
-    row_sum_ptr,  # [B, R, H, I] contiguous
-    terms_ptr,  # [B, R, H, I, 2] contiguous: log2(e)·row maximum + log2 of the row sum, δ
-    tiles_ptr,  # [B, R, H, tiles_i, 8, 32]: shift and δ, in the order in which threads take them
-    far_ptr,  # [B, H, tiles_i, R]: 1 if the last pass has a query to walk, `UNIFORM` if all are; + NOT_SUMMED
-    stride_dob: tl.int64,
-    stride_dor: tl.int64,
-    stride_doi: tl.int64,
-    stride_doh: tl.int64,
-    heads,  # B·R·H
-    R,
-    H,
-    I,
-    tiles_i,
-    J,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    tile_i = program % tiles_i
-    head = program // tiles_i * HEADS + tl.arange(0, HEADS)
-    i = tile_i * 128 + tl.arange(0, 128)
-    in_range = (head < heads)[:, None] & (i < I)[None, :]
-    query = head.to(tl.int64)[:, None] * I + i[None, :]
-    row_max = tl.load(row_max_ptr + query, mask=in_range, other=0.0)
-    row_sum = tl.load(row_sum_ptr + query, mask=in_range, other=1.0)
-    delta = tl.load(terms_ptr + 2 * query + 1, mask=in_range, other=0.0)
-    far = _is_far(row_max)
-    shift = tl.where(far, float("inf"), tl.load(terms_ptr + 2 * query, mask=in_range, other=0.0))
-    # [partition, warp, (i, i + 8), lane // 4, (shift, δ)] -> [partition, warp, lane // 4, (shift, δ), (i, i + 8)]
-    both = tl.join(shift, delta).reshape([HEADS, 2, 4, 2, 8, 2]).permute([0, 1, 2, 4, 5, 3]).reshape([HEADS, 256])
-    place = (head.to(tl.int64) * tiles_i + tile_i) * 256
-    tl.store(tiles_ptr + place[:, None] + tl.arange(0, 256)[None, :], both, mask=(head < heads)[:, None])
-    b = (head // (H * R)).to(tl.int64)
-    row = (head // H % R).to(tl.int64)
-    h = (head % H).to(tl.int64)
-    walked = (far & in_range).to(tl.int32)
-    if tl.max(tl.max(walked, 1), 0) != 0:
-        # Without a gradient, as a row of padding mostly is, a query adds nothing; unless its probabilities are NaN.
-        ptrs = do_ptr + (b * stride_dob + row * stride_dor + h * stride_doh)[:, None] + offset(i, stride_doi)[None, :]
-        some = tl.zeros([HEADS, 128], tl.int32)
-        for d in tl.range(0, D, 8, num_stages=1):
-            d_ptrs = ptrs[:, :, None] + (d + tl.arange(0, 8))[None, None, :]
-            do = tl.load(d_ptrs, mask=(walked != 0)[:, :, None], other=0.0)
-            some |= tl.max((do != 0.0).to(tl.int32), 2)
-        is_number = (tl.abs(row_max) < float("inf")) & (row_sum > 0.0) & (row_sum < float("inf"))
-        walked = tl.where((some != 0) | (delta != 0.0) | (is_number == 0), walked, 0)
-    # All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
-    uniform = far & (row_sum == J) & (tl.abs(delta) < float("inf"))
-    all_uniform = tl.min((uniform | (in_range == 0)).to(tl.int32), 1)
-    all_far = tl.min((far | (in_range == 0)).to(tl.int32), 1)
-    flag = tl.max(walked, 1) * (1 + all_uniform) + all_far * NOT_SUMMED
-    tl.store(far_ptr + ((b * H + h) * tiles_i + tile_i) * R + row, flag, mask=head < heads)
+@triton.jit
+def leave_tile_of_queries(tiles_ptr, row_max, logsum, delta, head, block, i, in_head, blocks):
+    """Shift and δ of queries i of a block of 64, of some heads, in the order in which threads take them.
+
+    Args:
+        tiles_ptr: `[heads, blocks, 4, 32]`.
+    """
+    shift = tl.where(is_far(row_max), float("inf"), logsum)
+    # Warp, lane // 4, (shift, δ), (i, i + 8).
+    place = (head * blocks + block) * 128 + i // 16 * 32 + i % 8 * 4 + i // 8 % 2
+    tl.store(tiles_ptr + place, shift, mask=in_head)
+    tl.store(tiles_ptr + place + 2, delta, mask=in_head)
 
 
-@triton.jit(do_not_specialize=["R", "J", "tiles_j", "words"])
-def _triangle_attention_bwd_dbias_key_terms(
+@triton.jit
+def flags_of_queries(row_max, log2_sum, delta, is_uniform, do, in_range, BLOCK_I: tl.constexpr, HEADS: tl.constexpr):
+    """Of each head's queries: `WALKED` if the last pass has one to walk, `ALL_UNIFORM`, `ALL_FAR`.
+
+    All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
+    """
+    far = is_far(row_max)
+    # Without a gradient, as a row of padding mostly is, a query adds nothing; unless its probabilities are NaN.
+    is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
+    adds = (tl.max((do != 0.0).to(tl.int32), 1) != 0) | (delta != 0.0) | (is_number == 0)
+    walked = tl.reshape((far & in_range & adds).to(tl.int32), [BLOCK_I, HEADS])
+    uniform = tl.reshape(((far & is_uniform) | (in_range == 0)).to(tl.int32), [BLOCK_I, HEADS])
+    all_far = tl.reshape((far | (in_range == 0)).to(tl.int32), [BLOCK_I, HEADS])
+    return tl.max(walked, 0) * WALKED + tl.min(uniform, 0) * ALL_UNIFORM + tl.min(all_far, 0) * ALL_FAR
+
+
+@triton.jit
+def leave_tiles_of_keys(
+    program,
     key_ptr,
     tiles_ptr,  # [B, R, tiles_j, 8, 32]: the key term over the scale, in the order in which threads take it
     bits_ptr,  # [B, tiles_j, words]: whether a row has any in this tile
-    stride_b: tl.int64,
-    stride_r: tl.int64,
-    stride_j: tl.int64,
+    stride_b,
+    stride_r,
+    stride_j,
     R,
     J,
-    tiles_j,
-    words,
     scale,
     KEY_TERM: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    """Of 128 keys, in 32 rows."""
+    words = tl.cdiv(R, 32)
+    tiles_j = tl.cdiv(J, 128)
     word = program % words
     tile_j = program // words % tiles_j
     b = (program // (words * tiles_j)).to(tl.int64)
@@ -143,27 +113,30 @@ def _triangle_attention_bwd_dbias_key_terms(
     tl.store(tiles_ptr + place[:, None] + tl.arange(0, 128)[None, :], term, mask=(row < R)[:, None])
 
 
-@triton.jit(do_not_specialize=["R"])
-def _triangle_attention_bwd_dbias_list_rows(
-    far_ptr,  # [B, H, tiles_i, R]
+@triton.jit
+def list_rows(
+    tile,
+    flags_ptr,  # [B, H, tiles_i, 2, R], of `flags_of_queries`
     summed_ptr,  # [B, H, tiles_i, R + 1]: how many to sum, and which
     rows_ptr,  # [B, H, tiles_i, R + 2]: how many to walk, how many uniform; the former, and from the end the latter
     R,
     SEEN: tl.constexpr,  # rows looked at together
 ):
-    far_ptr += tl.program_id(0) * R
-    summed_ptr += tl.program_id(0) * (R + 1)
-    rows_ptr += tl.program_id(0) * (R + 2)
+    """Of a tile of 128 queries: the rows to sum, and what the last pass walks and where it is uniform, in order."""
+    flags_ptr += tile.to(tl.int64) * 2 * R
+    summed_ptr += tile.to(tl.int64) * (R + 1)
+    rows_ptr += tile.to(tl.int64) * (R + 2)
     summed = 0
     walked = 0
     uniform = 0
     for start in range(0, R, SEEN):
         row = start + tl.arange(0, SEEN)
-        far = tl.load(far_ptr + row, mask=row < R, other=0)
-        is_summed = ((far < NOT_SUMMED) & (row < R)).to(tl.int32)
-        far &= NOT_SUMMED - 1
-        is_walked = (far == 1).to(tl.int32)
-        is_uniform = (far == UNIFORM).to(tl.int32)
+        first = tl.load(flags_ptr + row, mask=row < R, other=0)
+        second = tl.load(flags_ptr + R + row, mask=row < R, other=0)
+        of_all = first & second
+        is_summed = (((of_all & ALL_FAR) == 0) & (row < R)).to(tl.int32)
+        is_uniform = (first | second) & WALKED & (of_all // ALL_UNIFORM)
+        is_walked = ((first | second) & WALKED) - is_uniform
         tl.store(summed_ptr + summed + tl.cumsum(is_summed, 0), row, mask=is_summed != 0)
         tl.store(rows_ptr + 1 + walked + tl.cumsum(is_walked, 0), row, mask=is_walked != 0)
         tl.store(rows_ptr + R + 2 - uniform - tl.cumsum(is_uniform, 0), row, mask=is_uniform != 0)
@@ -288,7 +261,7 @@ def _triangle_attention_bwd_dbias_finish(
         ds = p * (dp - delta[:, None])
         if KEY_TERM == "select" and not KEY_TERM_FIRST:
             ds = tl.where(key[None, :], 0.0, ds)
-        total += tl.where((_is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
+        total += tl.where((is_far(row_max) | (is_factor == 0))[:, None], ds, 0.0)
 
     uniform = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     deltas = tl.zeros([BLOCK_I], tl.float32)
@@ -306,66 +279,6 @@ def _triangle_attention_bwd_dbias_finish(
             deltas += delta
     total += (uniform - deltas[:, None]) / J
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
-
-
-_TILE = Tile(BLOCK_I=1, BLOCK_J=1, num_warps=4, num_stages=1)
-
-
-class RowTerms:
-    """Makes shift and δ in tiles `[B·R·H·tiles_i·8, 32]`, and what of a tile there is for the last pass."""
-
-    def __init__(self, grad_out: Tensor, J: int) -> None:
-        B, R, I, H, D = grad_out.shape
-        tiles_i, heads = triton.cdiv(I, 128), B * R * H
-        self._tiles_shape, self._far_shape = (heads * tiles_i * 8, 32), (B, H, tiles_i, R)
-        sizes = {"heads": heads, "R": R, "H": H, "I": I, "tiles_i": tiles_i, "J": J, "D": D, "HEADS": 4}
-        given = {**arguments.strides("do", grad_out, "brihd"), **sizes}
-        programs = triton.cdiv(heads, 4) * tiles_i
-        self._make = Launch(_triangle_attention_bwd_dbias_row_terms, programs, given, _TILE)
-
-    def __call__(self, grad_out: Tensor, row_max: Tensor, row_sum: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = memory.empty(self._tiles_shape, torch.float32, terms)
-        far = memory.empty(self._far_shape, torch.int32, terms)
-        self._make(grad_out, row_max, row_sum, terms, tiles, far)
-        return tiles, far
-
-
-class KeyTerms:
-    """Makes the key term over the scale in tiles `[B·R·tiles_j·8, 32]`, and a bit where a row has any in a tile."""
-
-    def __init__(self, key: Tensor, scale: float, key_term: str) -> None:
-        B, R, J = key.shape
-        tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
-        # The copy engine takes half a tile more than is used.
-        self._tiles_shape, self._bits_shape = (B * R * tiles_j * 8, 32), (B, tiles_j, words)
-        sizes = {"R": R, "J": J, "tiles_j": tiles_j, "words": words, "scale": scale, "KEY_TERM": key_term}
-        given = {**arguments.strides("", key, "brj"), **sizes}
-        tile = replace(_TILE, num_warps=8)
-        self._make = Launch(_triangle_attention_bwd_dbias_key_terms, B * tiles_j * words, given, tile)
-
-    def __call__(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = memory.empty(self._tiles_shape, torch.float32, key)
-        bits = memory.empty(self._bits_shape, torch.int32, key)
-        self._make(key, tiles, bits)
-        return tiles, bits
-
-
-class Rows:
-    """Lists the rows of each tile of queries: those to sum, `[B, H, tiles_i, R + 1]`, after their number, in order.
-
-    And what the last pass does, `[B, H, tiles_i, R + 2]`: in how many rows it walks a tile, and in how many it is
-    uniform, and in which, in order, the latter from the end.
-    """
-
-    def __init__(self, R: int, *tiles: int) -> None:
-        self._shapes = (*tiles, R + 1), (*tiles, R + 2)
-        given = {"R": R, "SEEN": 1024}
-        self._make = Launch(_triangle_attention_bwd_dbias_list_rows, math.prod(tiles), given, _TILE)
-
-    def __call__(self, far: Tensor) -> tuple[Tensor, Tensor]:
-        summed, walked = (memory.empty(shape, torch.int32, far) for shape in self._shapes)
-        self._make(far, summed, walked)
-        return summed, walked
 
 
 class Finish:

@@ -489,7 +489,7 @@ class Plan:
 
         Args:
             words: of the bias, `[j, i]`, as `lean/words.py` makes them.
-            terms: `[B, R, H, I, 2]`, L and δ, as `dqkv_passes.QueryTerms` leaves them.
+            terms: `[B, R, H, I, 2]`, L and δ, as `query_terms.py` leaves them.
             listed: heads that are marked and all others, as `lean/marked.py` lists them.
         """
         sums = memory.empty(self._sums_shape, torch.float32, q)

@@ -1,7 +1,6 @@
 """Which backward calls these kernels take, and their launches."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments, memory, sums, tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice as hopper
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_choice, dqkv_choice
-from trifast_inductor.kernels.triangle_attention.hopper.dqkv_passes import QueryTerms
+from trifast_inductor.kernels.triangle_attention.hopper.lists import Listed, Lists
+from trifast_inductor.kernels.triangle_attention.hopper.query_terms import QueryTerms
 from trifast_inductor.kernels.triangle_attention.launching import Launch, is_for_hopper
 from trifast_inductor.kernels.triangle_attention.lean import dbias, dkdv, dq, keys, marked
 from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
@@ -108,18 +108,23 @@ class Plan:
         if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
             key = key_bias if key_mask is None else key_mask
             self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
-            self._query_terms = QueryTerms(grad_out, J)
-            self._do_marked(B * R * H, q, given, tile)
+            self._marked = self._planned_marked(B * R * H, q, given, tile)
         self._dbias_on_hopper: Callable[..., Tensor] | None = None
         self._dbias: Launch | None = None
         self._sum: Launch | None = None
         self._dbias_shape: tuple[int, ...] = (0,)
+        if needs_dbias and dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
+            tensors = (grad_out, q, k, v, bias, key_bias, key_mask)
+            self._dbias_on_hopper = hopper.attempt(_planned_dbias, *tensors, *numbers)
+        self._query_terms: QueryTerms | None = None
+        tiled = self._dbias_on_hopper is not None
+        if tiled or self._dqkv_on_hopper is not None:
+            self._query_terms = QueryTerms(grad_out, J, tiled=tiled)
+            key = key_bias if key_mask is None else key_mask
+            self._lists = Lists(B, R, H, I, J, key, scale, tiled=tiled)
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)
-        if dbias_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
-            tensors = (grad_out, q, k, v, bias, key_bias, key_mask)
-            self._dbias_on_hopper = hopper.attempt(_planned_dbias, *tensors, *numbers)
         programs = B * H * flags * triton.cdiv(J, tile.dbias.BLOCK_J)
         rows = triton.cdiv(R, tiling.dbias_groups(R, programs))
         groups = triton.cdiv(R, rows)
@@ -129,39 +134,10 @@ class Plan:
             self._parts_shape = (groups, *self._dbias_shape)
             self._sum = sums.sum_of(B * H * I * J, groups)
 
-    def _do_marked(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> None:
+    def _planned_marked(self, heads: int, q: Tensor, given: dict[str, Any], tile: Tiles) -> Launch:
         """What does the heads that the Hopper kernel for dq, dk and dv cannot do."""
-        given = {**given, "heads": heads}
-        FLAGS = triton.next_power_of_2(given["flags"])
-        of_list = {**given, "FLAGS": FLAGS, "SEEN": max(1, 8192 // FLAGS)}
         programs = tile.marked.programs * hopper.multiprocessors(q.get_device())
-        self._marked_shape = (2 + 2 * heads,)
-        self._list = Launch(marked._triangle_attention_bwd_list_marked, 1, of_list, replace(tile.dq, num_warps=8))
-        self._marked = Launch(marked._triangle_attention_bwd_marked, programs, given, tile.marked)
-
-    def _on_hopper(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        words: Tensor | None,
-        key: Tensor | None,
-        spans: Tensor | None,
-        out: Tensor,
-        row_max: Tensor,
-        row_sum: Tensor,
-        left: tuple[Tensor, Tensor],
-        gradients: tuple[Tensor, Tensor, Tensor],
-    ) -> Tensor | None:
-        """The heads that are marked, if dq, dk and dv of all others are there."""
-        if self._dqkv_on_hopper is None:
-            return None
-        self._query_terms(grad_out, out, row_max, row_sum, left)
-        marked = memory.empty(self._marked_shape, torch.int32, q)
-        self._list(left[1], spans, marked)
-        given = (grad_out, q, k, v, words, key, left[0], marked, gradients)
-        return marked if hopper.attempt(self._dqkv_on_hopper, *given) else None
+        return Launch(marked._triangle_attention_bwd_marked, programs, {**given, "heads": heads}, tile.marked)
 
     def __call__(
         self,
@@ -184,14 +160,24 @@ class Plan:
         rest = (key, *self._keys(key, loud), grad_out)
         statistics = (row_max, row_sum)
         saved = (out, *statistics)
-        marked = self._on_hopper(grad_out, q, k, v, by_j, key, rest[2], *saved, left, (dq, dk, dv))
-        if marked is not None:
-            self._marked(marked, q, k, v, by_i, by_j, *rest, *saved, *left, dq, dk, dv)
+        row_tiles: Tensor | None = None
+        listed: Listed | None = None
+        if self._query_terms is not None:
+            row_tiles, flags = self._query_terms(grad_out, *saved, left)
+            listed = self._lists(left[1], rest[2], flags, key)
+        if listed is not None and self._dqkv_on_hopper is not None:
+            given = (grad_out, q, k, v, by_j, key, left[0], listed.marked, (dq, dk, dv))
+            is_done = hopper.attempt(self._dqkv_on_hopper, *given)
+        else:
+            is_done = None
+        if listed is not None and is_done:
+            self._marked(listed.marked, q, k, v, by_i, by_j, *rest, *saved, *left, dq, dk, dv)
         else:
             self._dq(q, k, v, by_i, *rest, *saved, *left, dq)
             self._dkdv(q, k, v, by_j, *rest, *statistics, *left, dk, dv)
         if self._dbias_on_hopper is not None:
-            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, left[0])
+            tiles = (row_tiles, listed)
+            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, left[0], *tiles)
             if dbias is not None:
                 return dq, dk, dv, dbias
         sums_of_ds = empty(self._dbias_shape)

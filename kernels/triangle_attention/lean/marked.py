@@ -15,7 +15,7 @@ from trifast_inductor.kernels.triangle_attention.lean.uniform import dkdv_of_uni
 
 
 @triton.jit
-def _triangle_attention_bwd_list_marked(
+def list_marked(
     huge_ptr,  # [heads, flags]
     spans_ptr,  # [rows, 2]
     listed_ptr,  # [2 + 2·heads]

@@ -1,14 +1,16 @@
-"""What stands before `dqkv.py`: L and δ of the queries, in plain Triton, and what is unusual about them.
+"""What stands before `dqkv.py` and `dbias.py`: L and δ of the queries, in plain Triton, and what is unusual about them.
 
-As `lean/operands.py` leaves them, for the other kernels, too.
+As `lean/operands.py` leaves them, for the other kernels, too; and as `dbias.py` takes them, tile by tile.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trifast_inductor.kernels.triangle_attention import arguments
+from trifast_inductor.kernels.triangle_attention import arguments, memory
+from trifast_inductor.kernels.triangle_attention.hopper.dbias_passes import flags_of_queries, leave_tile_of_queries
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms, load
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
@@ -24,6 +26,8 @@ def _triangle_attention_bwd_query_terms(
     row_sum_ptr,  # [B, R, H, I] contiguous
     terms_ptr,  # [B, R, H, I, 2] contiguous: L and δ
     huge_ptr,  # [B, R, H, blocks of queries] contiguous
+    tiles_ptr,  # [B, R, H, blocks, 4, 32]: shift and δ, in the order in which the threads of `dbias.py` take them
+    flags_ptr,  # [B, H, blocks, R], of `dbias_passes.flags_of_queries`
     stride_dob: tl.int64,
     stride_dor: tl.int64,
     stride_doi,
@@ -33,12 +37,14 @@ def _triangle_attention_bwd_query_terms(
     I,
     J,
     D: tl.constexpr,
+    TILED: tl.constexpr,  # for `dbias.py`, whose tiles are of two blocks
     BLOCK_I: tl.constexpr,
     HEADS: tl.constexpr,  # of a program
 ):
     # The heads of a query lie side by side in memory, so a program takes several.
     groups = tl.cdiv(H, HEADS)
-    blocks = tl.cdiv(I, BLOCK_I)
+    of_queries = tl.cdiv(I, BLOCK_I)
+    blocks = of_queries + of_queries % 2 if TILED else of_queries
     pid = tl.program_id(0)
     block = pid // groups % blocks
     row = (pid // (groups * blocks)).to(tl.int64)
@@ -55,21 +61,28 @@ def _triangle_attention_bwd_query_terms(
     do_ptrs = tl.multiple_of(do_ptr + offsets[:, None] + d[None, :], (1, 16))
     do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
     out = load(out_ptr + (row * I + first) * H * D, i * H + h, D, in_range, D, False)
-    _max, _sum, _logsum, _delta, is_usual, is_uniform = leave_terms(
+    row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
         (row_max_ptr, row_sum_ptr), terms_ptr, out, do, row, h, first, i, in_range, (H, I, J)
     )
     of_head = pid % groups * HEADS + tl.arange(0, HEADS)
     flag = flag_of(tl.reshape(is_usual, [BLOCK_I, HEADS]), tl.reshape(is_uniform, [BLOCK_I, HEADS]))
-    tl.store(huge_ptr + (row * H + of_head) * blocks + block, flag, mask=of_head < H)
+    tl.store(
+        huge_ptr + (row * H + of_head) * of_queries + block, flag, mask=of_head < tl.where(block < of_queries, H, 0)
+    )
+    if TILED:
+        leave_tile_of_queries(tiles_ptr, row_max, logsum, delta, row * H + h, block, i, h < H, blocks)
+        flag = flags_of_queries(row_max, log2_sum, delta, is_uniform, do, in_range, BLOCK_I, HEADS)
+        tl.store(flags_ptr + ((b * H + of_head) * blocks + block) * R + r, flag, mask=of_head < H)
 
 
 class QueryTerms:
     """Leaves the terms of calls of one shape and layout."""
 
-    def __init__(self, grad_out: Tensor, J: int) -> None:
+    def __init__(self, grad_out: Tensor, J: int, *, tiled: bool) -> None:
         B, R, I, H, D = grad_out.shape
-        blocks = triton.cdiv(I, 64)
+        blocks = 2 * triton.cdiv(I, 128) if tiled else triton.cdiv(I, 64)
         HEADS = min(4, triton.next_power_of_2(H))
+        self._shapes = ((B * R * H * blocks * 4, 32), (B, H, blocks, R)) if tiled else None
         given = {
             **arguments.strides("do", grad_out, "brihd"),
             "R": R,
@@ -77,6 +90,7 @@ class QueryTerms:
             "I": I,
             "J": J,
             "D": D,
+            "TILED": tiled,
             "HEADS": HEADS,
         }
         programs = B * R * blocks * triton.cdiv(H, HEADS)
@@ -84,6 +98,11 @@ class QueryTerms:
 
     def __call__(
         self, grad_out: Tensor, out: Tensor, row_max: Tensor, row_sum: Tensor, left: tuple[Tensor, Tensor]
-    ) -> None:
-        """`left` takes L and δ, and what is huge."""
-        self._make(grad_out, out, row_max, row_sum, *left)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`left` takes L and δ, and what is huge; of `dbias.py` tiles `[B·R·H·blocks·4, 32]` and flags, where tiled."""
+        tiles = flags = None
+        if self._shapes is not None:
+            tiles = memory.empty(self._shapes[0], torch.float32, out)
+            flags = memory.empty(self._shapes[1], torch.int32, out)
+        self._make(grad_out, out, row_max, row_sum, *left, tiles, flags)
+        return tiles, flags
