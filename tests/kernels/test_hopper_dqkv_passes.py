@@ -17,6 +17,7 @@ from trifast_inductor.kernels.triangle_attention import backward, forward
 from trifast_inductor.kernels.triangle_attention.hopper.lists import Lists
 from trifast_inductor.kernels.triangle_attention.hopper.query_terms import QueryTerms
 from trifast_inductor.kernels.triangle_attention.lean import launch as lean
+from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
 LOG2E = math.log2(math.e)
 
@@ -131,7 +132,9 @@ def test_terms_of_queries(device):
     x.bias[1, 0, 65] += 20000.0
     out, row_max, row_sum = forward.launch(*x.op)
     left = torch.empty((*row_max.shape, 2), device=device), torch.empty((2, 3, 2, 2), device=device).int()
-    QueryTerms(x.grad_out, 66, tiled=False)(x.grad_out, out, row_max, row_sum, left)
+    words, *_ = QueryTerms(x.grad_out, x.bias, tiled=False)(x.bias, x.grad_out, out, row_max, row_sum, left)
+    for made, expected in zip(words, Words(x.bias)(x.bias), strict=True):
+        assert torch.equal(made, expected)
     logsum = row_max.double() * LOG2E + row_sum.double().log2()
     delta = (out.double() * x.grad_out.double()).sum(-1).transpose(2, 3)
     terms, huge = left

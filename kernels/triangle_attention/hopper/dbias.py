@@ -36,7 +36,7 @@ from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as p
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_choice import Shape, rows_of_a_part, shape_for
 from trifast_inductor.kernels.triangle_attention.hopper.descriptors import CopyingLaunch
 from trifast_inductor.kernels.triangle_attention.hopper.handing import FLAT, hand, handed
-from trifast_inductor.kernels.triangle_attention.hopper.lists import Listed
+from trifast_inductor.kernels.triangle_attention.hopper.lists import OfDbias
 from trifast_inductor.kernels.triangle_attention.hopper.registers import LOG2E, exp2
 from trifast_inductor.kernels.triangle_attention.hopper.ring import advance
 from trifast_inductor.kernels.triangle_attention.hopper.versions import async_load, barrier
@@ -342,7 +342,7 @@ class Plan:
         row_sum: Tensor,
         terms: Tensor,
         row_tiles: Tensor,
-        listed: Listed,
+        listed: OfDbias,
     ) -> Tensor:
         """
         Args:

@@ -69,14 +69,18 @@ def _triangle_attention_bwd_lists(
             )
 
 
-class Listed(NamedTuple):
-    """Marked heads, of `lean/marked.py`; for `dbias.py` rows to sum and to walk, and tiles and bits of key terms."""
+class OfDbias(NamedTuple):
+    """What `dbias.py` takes."""
 
-    marked: Tensor
-    summed: Tensor | None = None
-    walked: Tensor | None = None
-    key_tiles: Tensor | None = None
-    key_bits: Tensor | None = None
+    summed: Tensor
+    walked: Tensor
+    key_tiles: Tensor | None
+    key_bits: Tensor | None
+
+
+class Listed(NamedTuple):
+    marked: Tensor  # of `lean/marked.py`
+    of_dbias: OfDbias | None
 
 
 class Lists:
@@ -88,14 +92,10 @@ class Lists:
         flags, tiles = triton.cdiv(I, 64), B * H * triton.cdiv(I, 128)
         tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
         key_term = "none" if key is None else "add" if key.is_floating_point() else "select"
+        self._marked_shape = (2 + 2 * B * R * H,)
+        self._rows_shapes = ((tiles, R + 1), (tiles, R + 2)) if tiled else None
         # The copy engine takes half a tile more than is used.
-        self._shapes = (
-            (2 + 2 * B * R * H,),
-            (tiles, R + 1) if tiled else None,
-            (tiles, R + 2) if tiled else None,
-            (B * R * tiles_j * 8, 32) if tiled and key is not None else None,
-            (B, tiles_j, words) if tiled and key is not None else None,
-        )
+        self._keys_shapes = None if key is None else ((B * R * tiles_j * 8, 32), (B, tiles_j, words))
         given = {
             **arguments.strides("key_", key, "brj"),
             "heads": B * R * H,
@@ -117,11 +117,17 @@ class Lists:
         self._make = Launch(_triangle_attention_bwd_lists, programs, given, _TILE)
 
     def __call__(self, huge: Tensor, spans: Tensor | None, flags: Tensor | None, key: Tensor | None) -> Listed:
-        dtypes = (torch.int32, torch.int32, torch.int32, torch.float32, torch.int32)
-        marked, *of_dbias = (
-            None if shape is None else memory.empty(shape, dtype, huge)
-            for shape, dtype in zip(self._shapes, dtypes, strict=True)
-        )
-        assert marked is not None
-        self._make(huge, spans, marked, flags, *of_dbias[:2], arguments.bytes_of_mask(key), *of_dbias[2:])
-        return Listed(marked, *of_dbias)
+        def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
+            return memory.empty(shape, dtype, huge)
+
+        marked = empty(self._marked_shape)
+        of_dbias = None
+        if self._rows_shapes is not None:
+            tiles = bits = None
+            if self._keys_shapes is not None:
+                tiles, bits = empty(self._keys_shapes[0], torch.float32), empty(self._keys_shapes[1])
+            of_dbias = OfDbias(empty(self._rows_shapes[0]), empty(self._rows_shapes[1]), tiles, bits)
+        summed, walked, key_tiles, key_bits = of_dbias or (None,) * 4
+        key = arguments.bytes_of_mask(key)
+        self._make(huge, spans, marked, flags, summed, walked, key, key_tiles, key_bits)
+        return Listed(marked, of_dbias)

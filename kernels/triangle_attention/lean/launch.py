@@ -118,8 +118,8 @@ class Plan:
             self._dbias_on_hopper = hopper.attempt(_planned_dbias, *tensors, *numbers)
         self._query_terms: QueryTerms | None = None
         tiled = self._dbias_on_hopper is not None
-        if tiled or self._dqkv_on_hopper is not None:
-            self._query_terms = QueryTerms(grad_out, J, tiled=tiled)
+        if bias is not None and (tiled or self._dqkv_on_hopper is not None):
+            self._query_terms = QueryTerms(grad_out, bias, tiled=tiled)
             key = key_bias if key_mask is None else key_mask
             self._lists = Lists(B, R, H, I, J, key, scale, tiled=tiled)
         if bias is None or not needs_dbias:
@@ -156,14 +156,18 @@ class Plan:
 
         dq, dk, dv = empty(q.shape), empty(k.shape), empty(v.shape)
         left = (empty(self._terms_shape, torch.float32), empty(self._huge_shape, torch.int32))
-        by_i, by_j, loud = self._words(bias)
-        rest = (key, *self._keys(key, loud), grad_out)
         statistics = (row_max, row_sum)
         saved = (out, *statistics)
         row_tiles: Tensor | None = None
+        flags: Tensor | None = None
+        if bias is not None and self._query_terms is not None:
+            words, row_tiles, flags = self._query_terms(bias, grad_out, *saved, left)
+        else:
+            words = self._words(bias)
+        by_i, by_j, loud = words
+        rest = (key, *self._keys(key, loud), grad_out)
         listed: Listed | None = None
         if self._query_terms is not None:
-            row_tiles, flags = self._query_terms(grad_out, *saved, left)
             listed = self._lists(left[1], rest[2], flags, key)
         if listed is not None and self._dqkv_on_hopper is not None:
             given = (grad_out, q, k, v, by_j, key, left[0], listed.marked, (dq, dk, dv))
@@ -176,8 +180,8 @@ class Plan:
             self._dq(q, k, v, by_i, *rest, *saved, *left, dq)
             self._dkdv(q, k, v, by_j, *rest, *statistics, *left, dk, dv)
         if self._dbias_on_hopper is not None:
-            tiles = (row_tiles, listed)
-            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, left[0], *tiles)
+            made = (left[0], row_tiles, None if listed is None else listed.of_dbias)
+            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, *made)
             if dbias is not None:
                 return dq, dk, dv, dbias
         sums_of_ds = empty(self._dbias_shape)

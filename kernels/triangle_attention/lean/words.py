@@ -6,6 +6,8 @@ strip as it likes.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,21 +25,21 @@ LOUD = tl.constexpr(4096.0)
 
 
 @triton.jit
-def _triangle_attention_bias_words(
+def leave_square(
+    square,
     bias_ptr,
     words_ptr,  # [straight + turned squares, SQUARE]
     loud_ptr,  # [B, H, blocks of i, blocks of j]
-    stride_b: tl.int64,
-    stride_h: tl.int64,
-    stride_i: tl.int64,
-    stride_j: tl.int64,
+    stride_b,
+    stride_h,
+    stride_i,
+    stride_j,
     H,
     I,
     J,
     straight,  # so many squares are [i, j]; those that follow are [j, i]
 ):
     """Pairs of 16-bit elements, ordered as four warps hold an accumulator of `wgmma` (PTX ISA, m64nNk16)."""
-    square = tl.program_id(0)
     words_ptr += square.to(tl.int64) * SQUARE
     turned = square >= straight
     square = tl.where(turned, square - straight, square)
@@ -62,8 +64,26 @@ def _triangle_attention_bias_words(
 
 
 @triton.jit
+def _triangle_attention_bias_words(
+    bias_ptr,
+    words_ptr,
+    loud_ptr,
+    stride_b: tl.int64,
+    stride_h: tl.int64,
+    stride_i: tl.int64,
+    stride_j: tl.int64,
+    H,
+    I,
+    J,
+    straight,
+):
+    square = tl.program_id(0)
+    leave_square(square, bias_ptr, words_ptr, loud_ptr, stride_b, stride_h, stride_i, stride_j, H, I, J, straight)
+
+
+@triton.jit
 def unpack(words, dtype: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[64, COLUMNS]` in float32 of the words that `_triangle_attention_bias_words` stored."""
+    """`[64, COLUMNS]` in float32 of the words that `leave_square` stored."""
     if dtype == tl.bfloat16:
         high = (words & -65536).to(tl.float32, bitcast=True)
         low = (words << 16).to(tl.float32, bitcast=True)
@@ -74,24 +94,43 @@ def unpack(words, dtype: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(tl.permute(x, [1, 5, 2, 0, 4, 3, 6]), [64, COLUMNS])
 
 
-class Words:
-    """Makes both orders of a bias of one shape and layout."""
+class Made(NamedTuple):
+    """`[i, j]`, `[j, i]`, and which squares hold anything loud."""
 
-    def __init__(self, bias: Tensor | None) -> None:
-        self._make: Launch | None = None
-        if bias is None:
-            return
+    straight: Tensor | None = None
+    turned: Tensor | None = None
+    loud: Tensor | None = None
+
+
+class Room:
+    """For both orders of a bias of one shape: where `squares` programs leave them."""
+
+    def __init__(self, bias: Tensor) -> None:
         B, H, I, J = bias.shape
         self._loud_shape = (B, H, triton.cdiv(I, SIDE.value), triton.cdiv(J, SIDE.value))
-        self._squares = B * H * self._loud_shape[2] * self._loud_shape[3]
-        given = {**arguments.strides("", bias, "bhij"), "H": H, "I": I, "J": J, "straight": self._squares}
-        self._make = Launch(_triangle_attention_bias_words, 2 * self._squares, given, _TILE)
+        self.straight = B * H * self._loud_shape[2] * self._loud_shape[3]
+        self.squares = 2 * self.straight
 
-    def __call__(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`[i, j]`, `[j, i]`, and which squares hold anything loud."""
-        if bias is None or self._make is None:
-            return None, None, None
-        words = memory.empty((2, self._squares * SQUARE.value), torch.int32, bias)
-        loud = memory.empty(self._loud_shape, torch.int32, bias)
+    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        words = memory.empty((2, self.straight * SQUARE.value), torch.int32, like)
+        return words, memory.empty(self._loud_shape, torch.int32, like)
+
+
+class Words:
+    """Makes both orders of a bias of one shape and layout, in a launch of their own."""
+
+    def __init__(self, bias: Tensor | None) -> None:
+        self._room: Room | None = None
+        if bias is None:
+            return
+        self._room = Room(bias)
+        _, H, I, J = bias.shape
+        given = {**arguments.strides("", bias, "bhij"), "H": H, "I": I, "J": J, "straight": self._room.straight}
+        self._make = Launch(_triangle_attention_bias_words, self._room.squares, given, _TILE)
+
+    def __call__(self, bias: Tensor | None) -> Made:
+        if bias is None or self._room is None:
+            return Made()
+        words, loud = self._room(bias)
         self._make(bias, words, loud)
-        return words[0], words[1], loud
+        return Made(words[0], words[1], loud)
