@@ -5,6 +5,7 @@ training step of one module (CPU, torch 2.13). Where torch no longer has the fun
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import tape
 
+Empty = Callable[[tuple[int, ...], torch.dtype, Tensor], Tensor]  # as `empty` is
 _Make = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
@@ -44,3 +46,26 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Tensor:
     made = maker(shape, dtype, on)()
     tape.note_made(made)
     return made
+
+
+class Scratch:
+    """Room in results that are written last, for what is wanted only before: in pieces, each from 512 bytes on.
+
+    Args:
+        results: contiguous; each has one byte or more.
+    """
+
+    _UNIT = 512  # bytes, as torch's own allocator has it
+
+    def __init__(self, *results: Tensor) -> None:
+        self._rooms = [t.view(torch.uint8).view(-1) for t in results]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, on: Tensor) -> Tensor:
+        """A piece, or what `empty` makes where none has the room."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        taken = -(-nbytes // self._UNIT) * self._UNIT
+        for n, room in enumerate(self._rooms):
+            if taken <= room.numel():
+                self._rooms[n] = room[taken:]
+                return room[:nbytes].view(dtype).view(shape)
+        return empty(shape, dtype, on)

@@ -37,3 +37,20 @@ def test_no_two_share_memory(on):
 def test_in_inference_mode(on):
     with torch.inference_mode():
         assert memory.empty((2,), torch.float32, on).is_inference()
+
+
+def test_pieces_of_what_is_written_later(on):
+    """Apart from each other, from the start of a unit, and of memory of their own where there is no room."""
+    results = [torch.zeros(shape, dtype=torch.bfloat16, device=on.device) for shape in ((1, 3, 128, 2), (2, 1024))]
+    scratch = memory.Scratch(*results)
+    sizes = ((5, 7), torch.float32), ((512,), torch.int32), ((1500,), torch.bfloat16), ((129,), torch.int32)
+    pieces = [scratch.empty(shape, dtype, on) for shape, dtype in sizes]
+    for n, (piece, (shape, dtype)) in enumerate(zip(pieces, sizes, strict=True)):
+        assert piece.shape == shape
+        assert piece.dtype == dtype
+        assert piece.data_ptr() % 16 == 0
+        piece.fill_(n + 1)
+    for n, piece in enumerate(pieces):
+        assert piece.eq(n + 1).all()
+    where = [[t.data_ptr() <= piece.data_ptr() < t.data_ptr() + t.nbytes for t in results] for piece in pieces]
+    assert where == [[True, False], [False, True], [False, False], [True, False]]

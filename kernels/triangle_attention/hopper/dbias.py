@@ -343,6 +343,7 @@ class Plan:
         terms: Tensor,
         row_tiles: Tensor,
         listed: OfDbias,
+        empty: memory.Empty = memory.empty,
     ) -> Tensor:
         """
         Args:
@@ -350,8 +351,9 @@ class Plan:
             terms: `[B, R, H, I, 2]`, float32, contiguous: log2(e)·row maximum + log2 of the row sum, and δ, as
                 `lean/operands.py` leaves them.
             row_tiles: of `query_terms.py`.
+            empty: makes what is wanted here alone.
         """
         key = arguments.bytes_of_mask(key)
-        parts = memory.empty(self._parts_shape, torch.float32, q)
+        parts = empty(self._parts_shape, torch.float32, q)
         self._sum_rows(q, grad_out, k, v, row_tiles, listed.key_tiles, listed.summed, listed.key_bits, parts)
         return self._finish(grad_out, q, k, v, bias, key, row_max, row_sum, terms, listed.walked, parts)

@@ -116,18 +116,24 @@ class Lists:
             programs += tiles + (0 if key is None else B * tiles_j * words)
         self._make = Launch(_triangle_attention_bwd_lists, programs, given, _TILE)
 
-    def __call__(self, huge: Tensor, spans: Tensor | None, flags: Tensor | None, key: Tensor | None) -> Listed:
-        def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
-            return memory.empty(shape, dtype, huge)
-
-        marked = empty(self._marked_shape)
+    def __call__(
+        self,
+        huge: Tensor,
+        spans: Tensor | None,
+        flags: Tensor | None,
+        key: Tensor | None,
+        empty: memory.Empty = memory.empty,
+    ) -> Listed:
+        """What is for `dbias.py` from `empty`."""
+        marked = memory.empty(self._marked_shape, torch.int32, huge)
         of_dbias = None
         if self._rows_shapes is not None:
             tiles = bits = None
             if self._keys_shapes is not None:
-                tiles, bits = empty(self._keys_shapes[0], torch.float32), empty(self._keys_shapes[1])
-            of_dbias = OfDbias(empty(self._rows_shapes[0]), empty(self._rows_shapes[1]), tiles, bits)
-        summed, walked, key_tiles, key_bits = of_dbias or (None,) * 4
-        key = arguments.bytes_of_mask(key)
-        self._make(huge, spans, marked, flags, summed, walked, key, key_tiles, key_bits)
+                tiles = empty(self._keys_shapes[0], torch.float32, huge)
+                bits = empty(self._keys_shapes[1], torch.int32, huge)
+            summed, walked = (empty(shape, torch.int32, huge) for shape in self._rows_shapes)
+            of_dbias = OfDbias(summed, walked, tiles, bits)
+        rows, keys = (of_dbias[:2], of_dbias[2:]) if of_dbias is not None else ((None,) * 2,) * 2
+        self._make(huge, spans, marked, flags, *rows, arguments.bytes_of_mask(key), *keys)
         return Listed(marked, of_dbias)

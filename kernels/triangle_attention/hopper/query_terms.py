@@ -134,12 +134,13 @@ class QueryTerms:
         row_max: Tensor,
         row_sum: Tensor,
         left: tuple[Tensor, Tensor],
+        empty: memory.Empty = memory.empty,
     ) -> tuple[words.Made, Tensor | None, Tensor | None]:
-        """`left` takes L and δ, and what is huge; of `dbias.py` tiles `[B·R·H·blocks·4, 32]` and flags, where tiled."""
+        """`left` takes L and δ, and what is huge; tiles `[B·R·H·blocks·4, 32]`, flags for `dbias.py` from `empty`."""
         tiles = flags = None
         if self._shapes is not None:
-            tiles = memory.empty(self._shapes[0], torch.float32, out)
-            flags = memory.empty(self._shapes[1], torch.int32, out)
+            tiles = empty(self._shapes[0], torch.float32, out)
+            flags = empty(self._shapes[1], torch.int32, out)
         both, loud = self._words(out)
         self._make(bias, both, loud, grad_out, out, row_max, row_sum, *left, tiles, flags)
         return words.Made(both[0], both[1], loud), tiles, flags

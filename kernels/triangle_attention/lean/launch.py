@@ -158,32 +158,34 @@ class Plan:
         left = (empty(self._terms_shape, torch.float32), empty(self._huge_shape, torch.int32))
         statistics = (row_max, row_sum)
         saved = (out, *statistics)
+        # What dbias wants alone lies in dk and dv, which come after it.
+        apart = memory.empty if self._dbias_on_hopper is None else memory.Scratch(dk, dv).empty
         row_tiles: Tensor | None = None
         flags: Tensor | None = None
         if bias is not None and self._query_terms is not None:
-            words, row_tiles, flags = self._query_terms(bias, grad_out, *saved, left)
+            words, row_tiles, flags = self._query_terms(bias, grad_out, *saved, left, apart)
         else:
             words = self._words(bias)
         by_i, by_j, loud = words
         rest = (key, *self._keys(key, loud), grad_out)
         listed: Listed | None = None
         if self._query_terms is not None:
-            listed = self._lists(left[1], rest[2], flags, key)
+            listed = self._lists(left[1], rest[2], flags, key, apart)
+        dbias: Tensor | None = None
+        if listed is not None and self._dbias_on_hopper is not None:
+            made = (left[0], row_tiles, listed.of_dbias, apart)
+            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, *made)
+        is_done: bool | None = None
         if listed is not None and self._dqkv_on_hopper is not None:
             given = (grad_out, q, k, v, by_j, key, left[0], listed.marked, (dq, dk, dv))
             is_done = hopper.attempt(self._dqkv_on_hopper, *given)
-        else:
-            is_done = None
         if listed is not None and is_done:
             self._marked(listed.marked, q, k, v, by_i, by_j, *rest, *saved, *left, dq, dk, dv)
         else:
             self._dq(q, k, v, by_i, *rest, *saved, *left, dq)
             self._dkdv(q, k, v, by_j, *rest, *statistics, *left, dk, dv)
-        if self._dbias_on_hopper is not None:
-            made = (left[0], row_tiles, None if listed is None else listed.of_dbias)
-            dbias = hopper.attempt(self._dbias_on_hopper, grad_out, q, k, v, bias, key, *statistics, *made)
-            if dbias is not None:
-                return dq, dk, dv, dbias
+        if dbias is not None:
+            return dq, dk, dv, dbias
         sums_of_ds = empty(self._dbias_shape)
         if self._sum is not None and self._dbias is not None:
             parts = empty(self._parts_shape, torch.float32)
