@@ -91,7 +91,6 @@ class Lists:
     ) -> None:
         flags, tiles = triton.cdiv(I, 64), B * H * triton.cdiv(I, 128)
         tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
-        key_term = "none" if key is None else "add" if key.is_floating_point() else "select"
         self._marked_shape = (2 + 2 * B * R * H,)
         self._rows_shapes = ((tiles, R + 1), (tiles, R + 2)) if tiled else None
         # The copy engine takes half a tile more than is used.
@@ -105,7 +104,7 @@ class Lists:
             "flags": flags,
             "tiles": tiles,
             "scale": scale,
-            "KEY_TERM": key_term,
+            "KEY_TERM": arguments.key_term(key),
             "TILED": tiled,
             "FLAGS": triton.next_power_of_2(flags),
             "HEADS_SEEN": max(1, 8192 // triton.next_power_of_2(flags)),
