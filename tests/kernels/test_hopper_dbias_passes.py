@@ -13,8 +13,8 @@ from .dbias_cases import CHANGES, Given, given, inputs, wholly_filled, wholly_le
 pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
-from trifast_inductor.kernels.triangle_attention.hopper.lists import Lists, OfDbias
-from trifast_inductor.kernels.triangle_attention.hopper.query_terms import QueryTerms
+
+from .dbias_prepared import listed, terms_of
 
 
 def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, summed: Tensor, group: int) -> Tensor:
@@ -47,31 +47,11 @@ def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None,
     return torch.stack([part.sum(1) for part in ds.split(group, 1)])
 
 
-def terms_of(g: Given) -> tuple[Tensor, Tensor]:
-    """Tiles of shift and δ, and flags of blocks of 64 queries `[B, H, blocks, R]`."""
-    B, R, I, H, _ = g.x.q.shape
-    terms, huge = torch.empty_like(g.terms), torch.empty((B, R, H, -(-I // 64)), dtype=torch.int32, device=g.x.q.device)
-    bias = g.x.bias.to(g.x.q.dtype)  # whose words are not used here
-    make = QueryTerms(g.x.grad_out, bias, tiled=True)
-    _, tiles, flags = make(bias, g.x.grad_out, g.out.contiguous(), g.row_max, g.row_sum, (terms, huge))
-    torch.testing.assert_close(terms, g.terms, rtol=1e-5, atol=1e-5, equal_nan=True)
-    return tiles, flags
-
-
 def of_tiles(flags: Tensor) -> Tensor:
     """`[B, H, tiles, R]`: 1 if the last pass walks a tile, 2 if it is uniform besides, and 4 if it is not summed."""
     first, second = flags.unflatten(2, (-1, 2)).unbind(3)
     is_walked, of_all = (first | second) & 1, first & second
     return is_walked * (1 + (of_all >> 1 & 1)) + (of_all & 4)
-
-
-def listed(flags: Tensor, J: int = 1, key: Tensor | None = None, scale: float = 1.0) -> OfDbias:
-    B, H, blocks, R = flags.shape
-    huge = torch.zeros((B * R * H * blocks,), dtype=torch.int32, device=flags.device)
-    spans = torch.zeros((B, R, 2), dtype=torch.int32, device=flags.device)
-    listed = Lists(B, R, H, 64 * blocks, J, key, scale, tiled=True)(huge, spans, flags, key)
-    assert listed.of_dbias is not None
-    return listed.of_dbias
 
 
 def dbias(g: Given, group: int = 1000) -> Tensor:
