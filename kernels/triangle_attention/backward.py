@@ -90,7 +90,7 @@ def plan_elsewhere(
         return whole.Plan
     if whole_choice.refusal(grad_out, q, k, v, bias, key_bias, key_mask) is None:
         return _planned_on_hopper
-    if lean.refusal(grad_out, q, k, v, bias, key_bias, key_mask, fill) is None:
+    if lean.refusal(grad_out, q, k, v, bias, key_mask, fill) is None:
         return lean.Plan
     return None
 

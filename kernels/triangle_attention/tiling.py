@@ -131,15 +131,18 @@ _DBIAS: _Table = {
 
 _SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
 
-# 16 bits and D <= 32, from these lengths on. Alone, at N=512 and N=256:
+# 16 bits, by columns of a tile, from these lengths on. Alone, at N=512 and N=256:
 _LONG = {
-    "dq": (384, Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
-    "dbias": (256, Tile(64, 64, 4, 3)),  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
+    ("dq", 32): (384, Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
+    ("dbias", 32): (256, Tile(64, 64, 4, 3)),  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
 }
 
 
-# The same, between these lengths. The whole backward at N=128:
-_SHORT = {"dkdv": (65, 192, Tile(32, 64, 4, 2))}  # 0.0423 ms, 64 x 64 0.0450
+# The same, between these lengths, where dbias, dk and dv share a kernel and its registers. The whole backward at N=128:
+_SHORT = {
+    ("dkdv", 32): (65, 192, Tile(32, 64, 4, 2)),  # 0.0423 ms, 64 x 64 0.0450
+    ("dbias", 64): (65, 192, Tile(64, 32, 4, 2)),  # 0.0674 ms, 64 x 64 0.0750, 32 x 64 0.0792
+}
 
 
 def choose(
@@ -196,13 +199,13 @@ def capped(tile: Tile, dtype: torch.dtype, D: int, arch: int) -> Tile:
 
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
     """The shipped tile for axes of this length, if they are not shorter than it; the kernel as in `tuning.KERNELS`."""
-    if _is_narrow(dtype, D):
-        if kernel in _LONG and length >= _LONG[kernel][0]:
-            return _LONG[kernel][1]
-        if kernel in _SHORT and _SHORT[kernel][0] <= length <= _SHORT[kernel][1]:
-            return _SHORT[kernel][2]
-    tiles = _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"]
-    return tiles[32 if D <= 32 else 64 if D <= 64 else 128]
+    columns = 32 if D <= 32 else 64 if D <= 64 else 128
+    if dtype != torch.float32:
+        if (long := _LONG.get((kernel, columns))) is not None and length >= long[0]:
+            return long[1]
+        if (short := _SHORT.get((kernel, columns))) is not None and short[0] <= length <= short[1]:
+            return short[2]
+    return _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"][columns]
 
 
 def dbias_groups(R: int, programs: int, beside_others: bool = False) -> int:

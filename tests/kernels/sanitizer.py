@@ -102,10 +102,9 @@ def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options:
 def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
     whole.LONGEST = whole_choice.LONGEST = whole_forward_choice.LONGEST = 0
-    lean.SHORTEST_WITH_KEY_TERM = lean.FEWEST_LOGITS = 1
-    choice._FEWEST_ITEMS = dbias_choice._FEWEST_LOGITS = 1
+    lean.FEWEST_LOGITS = 1
+    choice._FEWEST_ITEMS = dbias_choice._FEWEST_LOGITS = dbias_choice._SHORTEST = 1
     dqkv_choice.SHORTEST = dict.fromkeys(dqkv_choice.SHORTEST, 1)
-    dbias_choice._MOST_PADDED = float("inf")
     # `refusal` has it as a default.
     choice.refusal.__defaults__ = (1,)
     tuning.changed()

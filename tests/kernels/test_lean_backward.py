@@ -22,8 +22,7 @@ def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that other kernels would get otherwise go to the lean ones, too."""
     without_one_pass(monkeypatch)
     monkeypatch.setattr(dqkv_choice, "SHORTEST", dict.fromkeys(dqkv_choice.SHORTEST, 1))
-    for name in ("SHORTEST_WITH_KEY_TERM", "FEWEST_LOGITS"):
-        monkeypatch.setattr(lean, name, 1)
+    monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ def any_size(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 
 def refusal(x: Inputs) -> str | None:
-    return lean.refusal(x.grad_out, x.q, x.k, x.v, x.bias, x.key_bias, x.key_mask, x.fill)
+    return lean.refusal(x.grad_out, x.q, x.k, x.v, x.bias, x.key_mask, x.fill)
 
 
 def draw(device: str, **given: object) -> Inputs:
@@ -229,7 +228,6 @@ def test_small_calls_are_left_to_the_portable_kernels(device, monkeypatch):
     monkeypatch.undo()
     assert refusal(draw("cpu", I=128, J=512, R=64, H=4)) == "too small"
     assert refusal(draw("cpu", I=192, J=192, R=2, H=4)) == "too small"
-    assert refusal(draw("cpu", I=192, J=192, R=192, H=4)) is None
-    assert refusal(draw("cpu", I=192, J=192, R=192, H=4, key_term="mask")) == "too small"
+    assert refusal(draw("cpu", I=192, J=192, R=192, H=4, key_term="mask")) is None
     assert refusal(draw("cpu", I=127, J=192, R=256, H=8, D=64)) == "too small"
     assert refusal(draw("cpu", I=128, J=128, R=256, H=8, D=64, key_term="mask")) is None

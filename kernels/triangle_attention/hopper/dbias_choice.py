@@ -3,17 +3,15 @@
 import functools
 from dataclasses import dataclass
 
-import triton
 from torch import Tensor
 
 from trifast_inductor.kernels.triangle_attention import tiling
 from trifast_inductor.kernels.triangle_attention.hopper import choice
 
 TILE = 128  # queries, and keys, of a program
-# Logits: at N=256 with four heads the whole backward takes 1 % less, 6 to 10 % at D=64.
-_FEWEST_LOGITS = 4 * 256**3
-# Elements of whole tiles over those of the bias: at N=448 and 320, where it is 1.31 and 1.44, nothing is gained.
-_MOST_PADDED = 1.2
+# Where the whole backward takes less, padding of tiles and all: docs/benchmarks/log-backward.md, step 27.
+_FEWEST_LOGITS = 4 * 200**3
+_SHORTEST = 193  # keys
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,8 @@ def refusal(
         return why
     # Any dtype will do for the bias: it is read as it is.
     as_read = bias.to("meta").to(q.dtype)
-    why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first)
-    I, J = bias.shape[2:]
-    logits = q.shape[0] * q.shape[1] * bias.shape[1] * I * J
+    why = choice.refusal(q, k, v, as_read, key_mask, scale, fill, key_term_first, _SHORTEST)
+    logits = q.shape[1] * bias.numel()
     if why is None and logits < _FEWEST_LOGITS:
         why = f"{logits} logits are fewer than {_FEWEST_LOGITS}"
-    if why is None and triton.cdiv(I, TILE) * triton.cdiv(J, TILE) * TILE**2 > _MOST_PADDED * I * J:
-        why = f"tiles of {TILE} do not fit {I} queries by {J} keys"
     return why

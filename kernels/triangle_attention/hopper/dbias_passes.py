@@ -49,20 +49,21 @@ def is_far(row_max):
 
 @triton.jit
 def leave_tile_of_queries(tiles_ptr, row_max, logsum, delta, head, block, i, in_head, blocks):
-    """Shift and δ of queries i of a block of 64, of some heads, in the order in which threads take them.
+    """Shift and δ of queries i of a block of 64 of these heads, in the order in which threads take them.
 
     Args:
         tiles_ptr: `[heads, blocks, 4, 32]`.
     """
     shift = tl.where(is_far(row_max), float("inf"), logsum)
     # Warp, lane // 4, (shift, δ), (i, i + 8).
-    place = (head * blocks + block) * 128 + i // 16 * 32 + i % 8 * 4 + i // 8 % 2
-    tl.store(tiles_ptr + place, shift, mask=in_head)
-    tl.store(tiles_ptr + place + 2, delta, mask=in_head)
+    place = i // 16 * 32 + i % 8 * 4 + i // 8 % 2
+    ptrs = tiles_ptr + ((head * blocks + block) * 128)[:, None] + place[None, :]
+    tl.store(ptrs, shift, mask=in_head[:, None])
+    tl.store(ptrs + 2, delta, mask=in_head[:, None])
 
 
 @triton.jit
-def flags_of_queries(row_max, log2_sum, delta, is_uniform, do, in_range, BLOCK_I: tl.constexpr, HEADS: tl.constexpr):
+def flags_of_queries(row_max, log2_sum, has_gradient, is_uniform, in_range):
     """Of each head's queries: `WALKED` if the last pass has one to walk, `ALL_UNIFORM`, `ALL_FAR`.
 
     All keys of a uniform query are at its maximum: 1/J each, no logit is needed.
@@ -70,11 +71,10 @@ def flags_of_queries(row_max, log2_sum, delta, is_uniform, do, in_range, BLOCK_I
     far = is_far(row_max)
     # Without a gradient, as a row of padding mostly is, a query adds nothing; unless its probabilities are NaN.
     is_number = (tl.abs(row_max) < float("inf")) & (tl.abs(log2_sum) < float("inf"))
-    adds = (tl.max((do != 0.0).to(tl.int32), 1) != 0) | (delta != 0.0) | (is_number == 0)
-    walked = tl.reshape((far & in_range & adds).to(tl.int32), [BLOCK_I, HEADS])
-    uniform = tl.reshape(((far & is_uniform) | (in_range == 0)).to(tl.int32), [BLOCK_I, HEADS])
-    all_far = tl.reshape((far | (in_range == 0)).to(tl.int32), [BLOCK_I, HEADS])
-    return tl.max(walked, 0) * WALKED + tl.min(uniform, 0) * ALL_UNIFORM + tl.min(all_far, 0) * ALL_FAR
+    walked = (far & in_range & (has_gradient | (is_number == 0))).to(tl.int32)
+    uniform = ((far & is_uniform) | (in_range == 0)).to(tl.int32)
+    all_far = (far | (in_range == 0)).to(tl.int32)
+    return tl.max(walked, 1) * WALKED + tl.min(uniform, 1) * ALL_UNIFORM + tl.min(all_far, 1) * ALL_FAR
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, l
 from trifast_inductor.kernels.triangle_attention.lean.words import leave_square
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
-_TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=8, num_stages=1)
+_TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["straight"])
@@ -77,29 +77,45 @@ def _triangle_attention_bwd_query_terms(
         row = (pid // (groups * blocks)).to(tl.int64)
         b = row // R
         r = row % R
+        head = pid % groups * HEADS
         some = tl.arange(0, BLOCK_I * HEADS)
-        h = pid % groups * HEADS + some % HEADS
+        h = some % HEADS
         i = some // HEADS
-        in_range = (i < I - block * BLOCK_I) & (h < H)
+        in_range = (i < I - block * BLOCK_I) & (h < H - head)
         first = (block * BLOCK_I).to(tl.int64)
-        do_ptr += b * stride_dob + r * stride_dor + first * stride_doi
+        do_ptr += b * stride_dob + r * stride_dor + first * stride_doi + head * stride_doh
         d = tl.arange(0, D)
         offsets = (i * stride_doi).to(tl.int64) + h * stride_doh
         do_ptrs = tl.multiple_of(do_ptr + offsets[:, None] + d[None, :], (1, 16))
-        do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0)
-        out = load(out_ptr + (row * I + first) * H * D, i * H + h, D, in_range, D, False)
-        row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
-            (row_max_ptr, row_sum_ptr), terms_ptr, out, do, row, h, first, i, in_range, (H, I, J)
+        do = tl.load(do_ptrs, mask=in_range[:, None], other=0.0).to(tl.float32)
+        out = load(out_ptr + ((row * I + first) * H + head) * D, i * H + h, D, in_range, D, False)
+        delta = _by_head(tl.sum(out.to(tl.float32) * do, 1), BLOCK_I, HEADS)
+        # Past a NaN, which δ shows.
+        largest = _by_head(tl.max(tl.abs(do), 1), BLOCK_I, HEADS)
+
+        # What is kept of a head's queries lies side by side.
+        h = tl.arange(0, HEADS)
+        i = tl.arange(0, BLOCK_I)
+        in_head = h < H - head
+        in_range = in_head[:, None] & (i < I - block * BLOCK_I)[None, :]
+        query = (row * H + head) * I + first
+        row_max, log2_sum, logsum, is_usual, is_uniform = leave_terms(
+            (row_max_ptr, row_sum_ptr), terms_ptr, delta, query, h[:, None] * I + i[None, :], in_range, J
         )
-        of_head = pid % groups * HEADS + tl.arange(0, HEADS)
-        flag = flag_of(tl.reshape(is_usual, [BLOCK_I, HEADS]), tl.reshape(is_uniform, [BLOCK_I, HEADS]))
-        tl.store(
-            huge_ptr + (row * H + of_head) * of_queries + block, flag, mask=of_head < tl.where(block < of_queries, H, 0)
-        )
+        flag = flag_of(is_usual, is_uniform)
+        of_block = h < tl.where(block < of_queries, H - head, 0)
+        tl.store(huge_ptr + (row * H + head + h) * of_queries + block, flag, mask=of_block)
         if TILED:
-            leave_tile_of_queries(tiles_ptr, row_max, logsum, delta, row * H + h, block, i, h < H, blocks)
-            flag = flags_of_queries(row_max, log2_sum, delta, is_uniform, do, in_range, BLOCK_I, HEADS)
-            tl.store(flags_ptr + ((b * H + of_head) * blocks + block) * R + r, flag, mask=of_head < H)
+            leave_tile_of_queries(tiles_ptr, row_max, logsum, delta, row * H + head + h, block, i, in_head, blocks)
+            has_gradient = (largest > 0.0) | (delta != 0.0)
+            flag = flags_of_queries(row_max, log2_sum, has_gradient, is_uniform, in_range)
+            tl.store(flags_ptr + ((b * H + head + h) * blocks + block) * R + r, flag, mask=in_head)
+
+
+@triton.jit
+def _by_head(x, BLOCK_I: tl.constexpr, HEADS: tl.constexpr):
+    """`[HEADS, BLOCK_I]` of a number for each head of each query."""
+    return tl.trans(tl.reshape(x, [BLOCK_I, HEADS]))
 
 
 class QueryTerms:

@@ -74,8 +74,9 @@ def dq_of_block(
     out_ptr, row_max_ptr, row_sum_ptr = saved
     out = load(out_ptr + out_offset, i, H * D, i_in_range, D, False)
     terms_ptr, huge_ptr = left
-    row_max, log2_sum, logsum, delta, is_usual, is_uniform = leave_terms(
-        (row_max_ptr, row_sum_ptr), terms_ptr, out, do, row, h, first, i, i_in_range, (H, I, J)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    row_max, log2_sum, logsum, is_usual, is_uniform = leave_terms(
+        (row_max_ptr, row_sum_ptr), terms_ptr, delta, (row * H + h) * I + first, i, i_in_range, J
     )
     huge = flag_of(is_usual, is_uniform)
     tl.store(huge_ptr + (row * H + h) * blocks + block, huge)

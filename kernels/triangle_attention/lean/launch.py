@@ -18,11 +18,8 @@ from trifast_inductor.kernels.triangle_attention.lean.tiles import Tiles, tiles
 from trifast_inductor.kernels.triangle_attention.lean.words import Words
 
 # Below it, or `dqkv_choice.SHORTEST`, passes that prepare cost more than they save: docs/benchmarks/log-backward.md,
-# steps 4, 17 and 24.
-FEWEST_LOGITS = 4 * 192**3
-# With a key term and D up to 32: shorter ones only where there is more to do.
-SHORTEST_WITH_KEY_TERM = 256
-FEWEST_LOGITS_WITH_KEY_TERM = 80_000_000
+# steps 4, 17, 24 and 27.
+FEWEST_LOGITS = 256**3
 
 
 def refusal(
@@ -31,23 +28,18 @@ def refusal(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    key_bias: Tensor | None,
     key_mask: Tensor | None,
     fill: float,
 ) -> str | None:
     """Why a call goes to the portable kernels, or None."""
     B, R, I, H, D = q.shape
     J = k.shape[2]
-    logits = B * R * H * I * J
-    is_short = min(I, J) < dqkv_choice.SHORTEST.get(D, 1) or logits < FEWEST_LOGITS
-    if D <= 32 and (key_bias is not None or key_mask is not None):
-        is_short |= min(I, J) < SHORTEST_WITH_KEY_TERM and logits < FEWEST_LOGITS_WITH_KEY_TERM
     why = None
     if q.dtype not in (torch.bfloat16, torch.float16) or (bias is not None and bias.dtype != q.dtype):
         why = "q, k, v and bias are not of one 16-bit dtype"
     elif D not in (16, 32, 64):
         why = f"D={D} is not 16, 32 or 64"
-    elif is_short:
+    elif min(I, J) < dqkv_choice.SHORTEST[D] or B * R * H * I * J < FEWEST_LOGITS:
         why = "too small"
     elif key_mask is not None and not fill <= keys.FILL:
         why = f"keys that are masked with {fill:g} may still be seen"

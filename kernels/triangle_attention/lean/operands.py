@@ -54,39 +54,37 @@ def short_probabilities(qk, factor, bias, logsum, key, HAS_BIAS: tl.constexpr, K
 
 
 @triton.jit
-def leave_terms(saved, terms_ptr, out, do, row, h, first, i, in_range, sizes):
-    """L and δ of queries `first + i` of heads h of a row, stored for the other kernels, and what is unusual about them.
+def leave_terms(saved, terms_ptr, delta, first, i, in_range, J):
+    """L and δ of queries `first + i`, as they are counted in `[B, R, H, I]`, stored for the other kernels.
 
     Args:
         saved: row maximum and row sum, `[B, R, H, I]`, contiguous.
         terms_ptr: `[B, R, H, I, 2]`, L and δ.
+        delta: of these queries.
 
     Returns:
-        Row maximum, log2 of the row sum, L, δ, whether a query is neither huge nor not a number, and whether all its
-        keys are at its maximum, as where all are left out.
+        Row maximum, log2 of the row sum, L, whether a query is neither huge nor not a number, and whether all its keys
+        are at its maximum, as where all are left out.
     """
     row_max_ptr, row_sum_ptr = saved
-    H, I, J = sizes
-    query = (row * H + h) * I + first
-    terms_ptr += 2 * query
-    row_max = tl.load(row_max_ptr + query + i, mask=in_range, other=0.0)
-    row_sum = tl.load(row_sum_ptr + query + i, mask=in_range, other=1.0)
+    row_max = tl.load(row_max_ptr + first + i, mask=in_range, other=0.0)
+    row_sum = tl.load(row_sum_ptr + first + i, mask=in_range, other=1.0)
     log2_sum = tl.log2(row_sum)
-    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     logsum = row_max * LOG2E + log2_sum
     is_number = tl.abs(delta) < float("inf")
     is_usual = (tl.abs(logsum) <= HUGE) & is_number
     is_uniform = ((row_sum == J) & is_number) | (in_range == 0)
+    terms_ptr += 2 * first
     tl.store(terms_ptr + 2 * i, logsum, mask=in_range)
     tl.store(terms_ptr + 2 * i + 1, delta, mask=in_range)
-    return row_max, log2_sum, logsum, delta, is_usual, is_uniform
+    return row_max, log2_sum, logsum, is_usual, is_uniform
 
 
 @triton.jit
 def flag_of(is_usual, is_uniform):
-    """Of a block of queries, along the first axis: 1 if one is huge, `UNIFORM` if all are uniform besides, else 0."""
-    some_huge = 1 - tl.min(is_usual.to(tl.int32), 0)
-    return some_huge * (1 + tl.min(is_uniform.to(tl.int32), 0))
+    """Of a block of queries, along the last axis: 1 if one is huge, `UNIFORM` if all are uniform besides, else 0."""
+    some_huge = 1 - tl.min(is_usual.to(tl.int32), -1)
+    return some_huge * (1 + tl.min(is_uniform.to(tl.int32), -1))
 
 
 @triton.jit
