@@ -25,15 +25,15 @@ def compute_again(x: Inputs, out: torch.Tensor, row_max: torch.Tensor, row_sum: 
 @pytest.mark.parametrize("heads_last", [False, True], ids=["bias of rows", "bias of heads"])
 @pytest.mark.parametrize("key_term", ["additive", "mask"])
 def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last):
-    x = random_inputs(R=2, I=130, J=70, H=2, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
+    x = random_inputs(R=2, I=330, J=70, H=2, D=16, dtype=torch.bfloat16, device=device, key_term=key_term)
     if heads_last:
         x = replace(x, bias=x.bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
-    out = torch.full((1, 2, 130, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
-    row_max = torch.full((1, 2, 2, 130), 7.0, device=device)
+    out = torch.full((1, 2, 330, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
+    row_max = torch.full((1, 2, 2, 330), 7.0, device=device)
     row_sum = row_max.clone()
     done = torch.zeros(row_sum.shape, dtype=torch.bool)
-    row_sum[0, 0, 1, 100] = row_sum[0, 1, 0, 129] = float("nan")
-    done[0, 0, 1, 64:128] = done[0, 1, 0, 128:] = True
+    row_sum[0, 0, 1, 100] = row_sum[0, 1, 0, 255] = row_sum[0, 1, 0, 329] = float("nan")
+    done[0, 0, 1, 64:128] = done[0, 1, 0, 192:256] = done[0, 1, 0, 320:] = True
     compute_again(x, out, row_max, row_sum)
 
     exact = reference.forward(*x.to(torch.float64).op)
@@ -52,7 +52,7 @@ def test_rows_without_a_key(device, special, key_term, key_term_first):
     """As eager has them: uniform where every logit is lost beside the term, and not where one is not."""
     x = random_inputs(
         R=2,
-        I=70,
+        I=270,
         J=70,
         H=2,
         D=16,
@@ -68,15 +68,15 @@ def test_rows_without_a_key(device, special, key_term, key_term_first):
         x.key_mask[:] = True
         x = replace(x, fill=value)
     if special == "large bias":
-        x.bias[..., 3, 5] = 3e8
+        x.bias[..., [130, 258], 5] = 3e8
     elif special == "NaN in the bias":
-        x.bias[..., 3, 5] = float("nan")
+        x.bias[..., [130, 258], 5] = float("nan")
     elif special == "large k":
         x.k[:, :, 5] = 1e4
     elif special == "one key seen":
         (x.key_bias if x.key_mask is None else x.key_mask)[..., 66] = 0
-    out = torch.full((1, 2, 70, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
-    row_max = torch.full((1, 2, 2, 70), 7.0, device=device)
+    out = torch.full((1, 2, 270, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
+    row_max = torch.full((1, 2, 2, 270), 7.0, device=device)
     row_sum = torch.full_like(row_max, float("nan"))
     compute_again(x, out, row_max, row_sum)
 

@@ -91,6 +91,15 @@ def test_key_term_before_the_bias(device, key_term):
     torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("key_term", ["additive", "mask"])
+def test_many_rows_without_a_key(device, key_term):
+    """More than are added up at a time, and not a multiple of that."""
+    x = inputs(device, key_term, R=8, I=34, J=66)
+    (x.key_bias if key_term == "additive" else x.key_mask)[:, 1:] = -1e9 if key_term == "additive" else True
+    g = given(x)
+    torch.testing.assert_close(dbias(g), g.expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("key_term", ["none", "additive", "mask"])
 def test_only_far_queries_and_large_biases_are_walked_again(device, key_term):
     """All others come from the sums over rows alone."""

@@ -30,7 +30,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     offset,
     probabilities,
 )
-from trifast_inductor.kernels.triangle_attention.tiling import Tile
+from trifast_inductor.kernels.triangle_attention.tiling import CappedTile
 
 # At 4096 a shift is rounded by 2.4e-4, an eighth of what a probability in bfloat16 is.
 FAR = tl.constexpr(4096.0)
@@ -205,6 +205,7 @@ def _triangle_attention_bwd_dbias_finish(
     KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    UNIFORM_ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -265,18 +266,24 @@ def _triangle_attention_bwd_dbias_finish(
 
     uniform = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     deltas = tl.zeros([BLOCK_I], tl.float32)
-    for n in range(tl.load(rows_ptr + 1) if is_factor else 0):
-        r = tl.load(rows_ptr + R + 1 - n).to(tl.int64)
-        do = load_rows(do_ptr + r * stride_dor, i, i_in_range, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
-        v = load_rows(v_ptr + r * stride_vr, j, j_in_range, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
-        delta = tl.load(terms_ptr + 2 * (((b * R + r) * H + h) * I + i) + 1, mask=i_in_range, other=0.0)
-        if KEY_TERM == "select" and not KEY_TERM_FIRST:
-            key = load_key_term(key_ptr + r * stride_key_r, j, j_in_range, stride_key_j, KEY_TERM)
-            ds = dot(do, tl.trans(v), None, PRECISION) - delta[:, None]
-            uniform += tl.where(key[None, :], 0.0, ds)
-        else:
-            uniform = dot(do, tl.trans(v), uniform, PRECISION)
-            deltas += delta
+    count = tl.load(rows_ptr + 1) if is_factor else 0
+    # Several rows at a time, whose copies are under way together: what is multiplied is little.
+    for first in tl.range(0, count, UNIFORM_ROWS, num_stages=2):
+        for m in tl.static_range(UNIFORM_ROWS):
+            is_row = first + m < count
+            r = tl.load(rows_ptr + R + 1 - first - m, mask=is_row, other=0).to(tl.int64)
+            i_of_row = i < tl.where(is_row, I, 0)
+            j_of_row = j < tl.where(is_row, J, 0)
+            do = load_rows(do_ptr + r * stride_dor, i, i_of_row, stride_doi, stride_dod, D, BLOCK_D, ALIGNED)
+            v = load_rows(v_ptr + r * stride_vr, j, j_of_row, stride_vj, stride_vd, D, BLOCK_D, ALIGNED)
+            delta = tl.load(terms_ptr + 2 * (((b * R + r) * H + h) * I + i) + 1, mask=i_of_row, other=0.0)
+            if KEY_TERM == "select" and not KEY_TERM_FIRST:
+                key = load_key_term(key_ptr + r * stride_key_r, j, j_in_range, stride_key_j, KEY_TERM)
+                ds = dot(do, tl.trans(v), None, PRECISION) - delta[:, None]
+                uniform += tl.where(key[None, :], 0.0, ds)
+            else:
+                uniform = dot(do, tl.trans(v), uniform, PRECISION)
+                deltas += delta
     total += (uniform - deltas[:, None]) / J
     tl.store(dbias_ptr + place, total.to(dbias_ptr.dtype.element_ty), mask=in_range)
 
@@ -284,8 +291,8 @@ def _triangle_attention_bwd_dbias_finish(
 class Finish:
     """Makes dbias from sums over groups of rows, `parts` of them; `given` is of `arguments.shared`."""
 
-    # Small: there is mostly nothing to walk, and where there is, programs are many.
-    _TILE = Tile(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=3)
+    # Small: there is mostly nothing to walk, and where there is, programs are many. Three share a multiprocessor.
+    _TILE = CappedTile(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=3, maxnreg=168)
 
     def __init__(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, parts: int, given: dict[str, Any]
@@ -299,6 +306,7 @@ class Finish:
             "parts": parts,
             "tiles_i": tiles_i,
             "ALIGNED": arguments.rows_are_aligned(q, k, v, grad_out),
+            "UNIFORM_ROWS": (2 if given["KEY_TERM"] == "select" else 4) // (1 if q.shape[-1] <= 32 else 2),
         }
         programs = B * H * triton.cdiv(I, self._TILE.BLOCK_I) * triton.cdiv(J, self._TILE.BLOCK_J)
         self._run = Launch(_triangle_attention_bwd_dbias_finish, programs, values, self._TILE)
