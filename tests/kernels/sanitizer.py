@@ -102,7 +102,7 @@ def inputs(dtype: torch.dtype, I: int, J: int, D: int, key_term: str, **options:
 def _let_any_size_through() -> None:
     """To the kernels for Hopper, plain and in Gluon, which take long sequences otherwise."""
     whole.LONGEST = whole_choice.LONGEST = whole_forward_choice.LONGEST = 0
-    lean.FEWEST_LOGITS = 1
+    lean.FEWEST_LOGITS, lean.MOST_PADDED = 1, float("inf")
     choice._FEWEST_ITEMS = dbias_choice._FEWEST_LOGITS = dbias_choice._SHORTEST = 1
     dqkv_choice.SHORTEST = dict.fromkeys(dqkv_choice.SHORTEST, 1)
     # `refusal` has it as a default.

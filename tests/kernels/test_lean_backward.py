@@ -23,6 +23,7 @@ def take_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     without_one_pass(monkeypatch)
     monkeypatch.setattr(dqkv_choice, "SHORTEST", dict.fromkeys(dqkv_choice.SHORTEST, 1))
     monkeypatch.setattr(lean, "FEWEST_LOGITS", 1)
+    monkeypatch.setattr(lean, "MOST_PADDED", float("inf"))
 
 
 @pytest.fixture(autouse=True)
@@ -231,3 +232,5 @@ def test_small_calls_are_left_to_the_portable_kernels(device, monkeypatch):
     assert refusal(draw("cpu", I=192, J=192, R=192, H=4, key_term="mask")) is None
     assert refusal(draw("cpu", I=127, J=192, R=256, H=8, D=64)) == "too small"
     assert refusal(draw("cpu", I=128, J=128, R=256, H=8, D=64, key_term="mask")) is None
+    assert refusal(draw("cpu", I=160, J=160, R=160, H=8, D=64)) == "tiles of 64 do not fit 160 queries by 160 keys"
+    assert refusal(draw("cpu", I=200, J=200, R=200, H=4, D=64)) is None

@@ -109,7 +109,7 @@ def backward_of(name: str, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
 
         whole.LONGEST = whole_choice.LONGEST = 0
         dqkv_choice.SHORTEST = dict.fromkeys(dqkv_choice.SHORTEST, 1)
-        lean.FEWEST_LOGITS = 1
+        lean.FEWEST_LOGITS, lean.MOST_PADDED = 1, float("inf")
         saved = forward.portable(*x.op)
         run = backward.launch if name == "package" else backward.portable
         return lambda: run(x.grad_out, *x.op[:6], *saved, *x.op[6:], True)

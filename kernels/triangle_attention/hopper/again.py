@@ -158,8 +158,7 @@ def _triangle_attention_fwd_again(
     TILE_I: tl.constexpr,  # queries of a tile
 ):
     programs = tl.num_programs(0)
-    QUERIES: tl.constexpr = GROUP * BLOCK_I
-    groups = tl.cdiv(I, QUERIES)
+    groups = tl.cdiv(I, GROUP * BLOCK_I)
     last = B * R * H * groups
     operands = (
         (q_ptr, stride_qb, stride_qr, stride_qh, stride_qi, stride_qd),
@@ -171,44 +170,62 @@ def _triangle_attention_fwd_again(
     results = (out_ptr, row_max_ptr, row_sum_ptr)
     for first in tl.range(tl.program_id(0), last, 32 // GROUP * programs, disable_licm=True):
         unsound = _unsound(row_sum_ptr, first, programs, groups, last, I, GROUP, BLOCK_I)
-        if KEY_TERM != "none":
-            for n in tl.range(32 // GROUP, disable_licm=True):
-                of_group = (unsound >> n * GROUP) & ((1 << GROUP) - 1)
-                if of_group != 0:
-                    group = first + n * programs
-                    b, r, h = _place(group // groups, R, H)
-                    first_i = group % groups * QUERIES
-                    value = _only_value(
-                        key_ptr + b * stride_key_b + r * stride_key_r, stride_key_j, J, fill, KEY_TERM, 512
-                    )
-                    if value == value:
-                        queries = tl.minimum(I - first_i, QUERIES)
-                        tile = first_i // TILE_I
-                        tiles = tl.cdiv(first_i + queries, TILE_I) - tile
-                        of_sizes = sizes_ptr + ((b * H + h) * tiles_i + tile) * tiles_j
-                        most, mean = _beside_a_term(
-                            operands, of_sizes, b, r, h, first_i, queries, J, tiles * tiles_j, scale,
-                            D, BLOCK_D, ALIGNED, BLOCK=1024 // BLOCK_D,
-                        )  # fmt: skip
-                        if most < tl.abs(value) * ROUNDED_AWAY:
-                            unsound &= ~(of_group << n * GROUP)
-                            row_max = tl.zeros([BLOCK_I], tl.float32) + value
-                            row_sum = tl.zeros([BLOCK_I], tl.float32) + tl.cast(J, tl.float32)
-                            out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + mean[None, :]
-                            for m in tl.range(GROUP, disable_licm=True):
-                                if (of_group >> m) & 1 != 0:
-                                    i = first_i + m * BLOCK_I + tl.arange(0, BLOCK_I)
-                                    _store(results, out, row_max, row_sum, b, r, h, i, R, H, I, D, BLOCK_D)
-        for n in tl.range(32, disable_licm=True):
-            if (unsound >> n) & 1 != 0:
-                group = first + n // GROUP * programs
-                b, r, h = _place(group // groups, R, H)
-                i = (group % groups * GROUP + n % GROUP) * BLOCK_I + tl.arange(0, BLOCK_I)
-                out, row_max, row_sum = _walked(
-                    operands, of_bias, of_key, b, r, h, i, i < I, J, scale, fill,
-                    D, BLOCK_D, KEY_TERM, KEY_TERM_FIRST, PRECISION, ALIGNED, BLOCK_I, BLOCK_J, EVEN_J,
+        # Asked once, for mostly there is nothing: no instruction of what follows is fetched then.
+        if unsound != 0:
+            if KEY_TERM != "none":
+                unsound = _without_logits(
+                    unsound, first, groups, operands, of_key, (sizes_ptr, tiles_i, tiles_j), results,
+                    (R, H, I, J), scale, fill, D, BLOCK_D, KEY_TERM, ALIGNED, BLOCK_I, GROUP, TILE_I,
                 )  # fmt: skip
-                _store(results, out, row_max, row_sum, b, r, h, i, R, H, I, D, BLOCK_D)
+            for n in tl.range(32, disable_licm=True):
+                if (unsound >> n) & 1 != 0:
+                    group = first + n // GROUP * programs
+                    b, r, h = _place(group // groups, R, H)
+                    i = (group % groups * GROUP + n % GROUP) * BLOCK_I + tl.arange(0, BLOCK_I)
+                    out, row_max, row_sum = _walked(
+                        operands, of_bias, of_key, b, r, h, i, i < I, J, scale, fill,
+                        D, BLOCK_D, KEY_TERM, KEY_TERM_FIRST, PRECISION, ALIGNED, BLOCK_I, BLOCK_J, EVEN_J,
+                    )  # fmt: skip
+                    _store(results, out, row_max, row_sum, b, r, h, i, R, H, I, D, BLOCK_D)
+
+
+@triton.jit
+def _without_logits(
+    unsound, first, groups, operands, of_key, of_sizes, results, sizes, scale, fill,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_TERM: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_I: tl.constexpr, GROUP: tl.constexpr, TILE_I: tl.constexpr,
+):  # fmt: skip
+    """Stores the groups of blocks whose logits are lost beside one term of all keys; the bits of all others."""
+    key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key
+    sizes_ptr, tiles_i, tiles_j = of_sizes
+    R, H, I, J = sizes
+    for n in tl.range(32 // GROUP, disable_licm=True):
+        of_group = (unsound >> n * GROUP) & ((1 << GROUP) - 1)
+        if of_group != 0:
+            group = first + n * tl.num_programs(0)
+            b, r, h = _place(group // groups, R, H)
+            first_i = group % groups * GROUP * BLOCK_I
+            row_key_ptr = key_ptr + b * stride_key_b + r * stride_key_r
+            value = _only_value(row_key_ptr, stride_key_j, J, fill, KEY_TERM, 512)
+            if value == value:
+                queries = tl.minimum(I - first_i, GROUP * BLOCK_I)
+                tile = first_i // TILE_I
+                tiles = tl.cdiv(first_i + queries, TILE_I) - tile
+                group_sizes_ptr = sizes_ptr + ((b * H + h) * tiles_i + tile) * tiles_j
+                most, mean = _beside_a_term(
+                    operands, group_sizes_ptr, b, r, h, first_i, queries, J, tiles * tiles_j, scale,
+                    D, BLOCK_D, ALIGNED, BLOCK=1024 // BLOCK_D,
+                )  # fmt: skip
+                if most < tl.abs(value) * ROUNDED_AWAY:
+                    unsound &= ~(of_group << n * GROUP)
+                    row_max = tl.zeros([BLOCK_I], tl.float32) + value
+                    row_sum = tl.zeros([BLOCK_I], tl.float32) + tl.cast(J, tl.float32)
+                    out = tl.zeros([BLOCK_I, BLOCK_D], tl.float32) + mean[None, :]
+                    for m in tl.range(GROUP, disable_licm=True):
+                        if (of_group >> m) & 1 != 0:
+                            i = first_i + m * BLOCK_I + tl.arange(0, BLOCK_I)
+                            _store(results, out, row_max, row_sum, b, r, h, i, R, H, I, D, BLOCK_D)
+    return unsound
 
 
 @triton.jit
@@ -274,7 +291,7 @@ def _walked(
 # Small, for balance: there are few blocks for each program. sm_90, triton 3.6, D=32: 112 registers and 19 instructions
 # a score; 64 x 64 has 15.2, but 209 registers, so half as many programs.
 _TILE = CappedTile(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=3, maxnreg=128)
-_GROUP = 4
+_GROUP = 4  # blocks
 
 
 def _programs(device: int) -> int:

@@ -20,6 +20,9 @@ from trifast_inductor.kernels.triangle_attention.lean.words import Words
 # Below it, or `dqkv_choice.SHORTEST`, passes that prepare cost more than they save: docs/benchmarks/log-backward.md,
 # steps 4, 17, 24 and 27.
 FEWEST_LOGITS = 256**3
+# Elements of whole tiles over those of the bias, where all portable kernels together are two launches.
+MOST_PADDED = 1.2
+_TWO_LAUNCHES = 192  # queries and keys
 
 
 def refusal(
@@ -41,6 +44,8 @@ def refusal(
         why = f"D={D} is not 16, 32 or 64"
     elif min(I, J) < dqkv_choice.SHORTEST[D] or B * R * H * I * J < FEWEST_LOGITS:
         why = "too small"
+    elif max(I, J) <= _TWO_LAUNCHES and triton.cdiv(I, 64) * triton.cdiv(J, 64) * 64**2 > MOST_PADDED * I * J:
+        why = f"tiles of 64 do not fit {I} queries by {J} keys"
     elif key_mask is not None and not fill <= keys.FILL:
         why = f"keys that are masked with {fill:g} may still be seen"
     elif not arguments.rows_are_aligned(q, k, v, grad_out):
