@@ -50,9 +50,10 @@ def test_only_blocks_with_a_nan_are_computed_again(device, key_term, heads_last)
 @pytest.mark.parametrize("special", ["none", "large bias", "NaN in the bias", "large k", "one key seen", "small term"])
 def test_rows_without_a_key(device, special, key_term, key_term_first):
     """As eager has them: uniform where every logit is lost beside the term, and not where one is not."""
+    I = 270 if special == "large bias" else 70  # two groups of blocks
     x = random_inputs(
         R=2,
-        I=270,
+        I=I,
         J=70,
         H=2,
         D=16,
@@ -70,13 +71,13 @@ def test_rows_without_a_key(device, special, key_term, key_term_first):
     if special == "large bias":
         x.bias[..., [130, 258], 5] = 3e8
     elif special == "NaN in the bias":
-        x.bias[..., [130, 258], 5] = float("nan")
+        x.bias[..., 3, 5] = float("nan")
     elif special == "large k":
         x.k[:, :, 5] = 1e4
     elif special == "one key seen":
         (x.key_bias if x.key_mask is None else x.key_mask)[..., 66] = 0
-    out = torch.full((1, 2, 270, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
-    row_max = torch.full((1, 2, 2, 270), 7.0, device=device)
+    out = torch.full((1, 2, I, 2, 16), 7.0, dtype=torch.bfloat16, device=device)
+    row_max = torch.full((1, 2, 2, I), 7.0, device=device)
     row_sum = torch.full_like(row_max, float("nan"))
     compute_again(x, out, row_max, row_sum)
 
