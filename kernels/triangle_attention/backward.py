@@ -37,11 +37,6 @@ from trifast_inductor.kernels.triangle_attention.portable.dq import _triangle_at
 from trifast_inductor.kernels.triangle_attention.portable.together import _triangle_attention_bwd_together
 from trifast_inductor.kernels.triangle_attention.replay import Recorder
 
-# Of queries and keys, up to which one launch serves, or one after dq's: docs/benchmarks/log-backward.md, step 9.
-LONGEST_TOGETHER = 64
-LONGEST_AFTER_DQ = 192
-
-
 _Run = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor] | None]  # None where it could not
 
 
@@ -145,8 +140,8 @@ class _Portable:
         self.parts_shape: tuple[int, ...] | None = None
         self.counts_shape: tuple[int, ...] | None = None
         may_share = q.dtype != torch.float32 and len({tile.num_warps for tile in tiles.values()}) == 1
-        with_dq = may_share and max(I, J) <= LONGEST_TOGETHER
-        after_dq = may_share and needs_dbias and LONGEST_TOGETHER < max(I, J) <= LONGEST_AFTER_DQ
+        with_dq = may_share and max(I, J) <= tiling.LONGEST_TOGETHER
+        after_dq = may_share and needs_dbias and tiling.LONGEST_TOGETHER < max(I, J) <= tiling.LONGEST_AFTER_DQ
         if needs_dbias:
             count = B * H * triton.cdiv(I, tiles["dbias"].BLOCK_I) * triton.cdiv(J, tiles["dbias"].BLOCK_J)
             rows = triton.cdiv(R, tiling.dbias_groups(R, count, beside_others=with_dq or after_dq))

@@ -26,6 +26,13 @@ def within(index, length, EVEN: tl.constexpr):
 
 
 @triton.jit
+def head_of(operand, b, r, h):
+    """Where one head of q, k, v or the gradient of the output begins; steps from row to row, and along a row."""
+    ptr, stride_b, stride_r, stride_row, stride_h, stride_d = operand
+    return ptr + b * stride_b + r * stride_r + h * stride_h, stride_row, stride_d
+
+
+@triton.jit
 def load_rows(
     ptr,
     rows,

@@ -24,6 +24,12 @@ def after_the_kernel_before(PDL: tl.constexpr):
 
 
 @triton.jit
+def head_place(head, R, H):
+    """(b, r, h) of a head of `[B, R, H]`."""
+    return (head // (R * H)).to(tl.int64), (head // H % R).to(tl.int64), (head % H).to(tl.int64)
+
+
+@triton.jit
 def program_place(pid, blocks, R, H):
     """(b, r, h, block) of program `pid`: head outermost, then groups of rows, then blocks, rows innermost.
 

@@ -7,6 +7,7 @@ are of one H200 (torch 2.11, Triton 3.6), N=512, H=4, bf16, with a float key ter
 backward with only that kernel's tile changed.
 """
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,17 +132,21 @@ _DBIAS: _Table = {
 
 _SHIPPED = {"forward": _FORWARD, "dq": _DQ, "dkdv": _DKDV, "dbias": _DBIAS}
 
-# 16 bits, by columns of a tile, from these lengths on. Alone, at N=512 and N=256:
-_LONG = {
-    ("dq", 32): (384, Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
-    ("dbias", 32): (256, Tile(64, 64, 4, 3)),  # six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079
-}
+# Of queries and keys, up to which one launch of the portable kernels for a backward serves, or one after dq's:
+# docs/benchmarks/log-backward.md, step 9.
+LONGEST_TOGETHER = 64
+LONGEST_AFTER_DQ = 192
 
-
-# The same, between these lengths, where dbias, dk and dv share a kernel and its registers. The whole backward at N=128:
-_SHORT = {
-    ("dkdv", 32): (65, 192, Tile(32, 64, 4, 2)),  # 0.0423 ms, 64 x 64 0.0450
-    ("dbias", 64): (65, 192, Tile(64, 32, 4, 2)),  # 0.0674 ms, 64 x 64 0.0750, 32 x 64 0.0792
+# 16 bits, by columns of a tile: the lengths of another tile, and that. One launch after dq's has the registers of the
+# largest that share it, and its milliseconds are of the whole backward at N=128; else alone, at N=512 and N=256.
+_AT_LENGTHS: dict[tuple[str, int], tuple[range, Tile]] = {
+    ("dq", 32): (range(384, sys.maxsize), Tile(128, 32, 4, 3)),  # 0.454 and 0.085 ms, 64 x 32 0.493 and 0.081
+    # Six groups of rows: 0.452 and 0.075 ms, 64 x 32 0.502 and 0.079.
+    ("dbias", 32): (range(256, sys.maxsize), Tile(64, 64, 4, 3)),
+    # 0.0423 ms, 64 x 64 0.0450.
+    ("dkdv", 32): (range(LONGEST_TOGETHER + 1, LONGEST_AFTER_DQ + 1), Tile(32, 64, 4, 2)),
+    # 0.0674 ms, 64 x 64 0.0750, 32 x 64 0.0792.
+    ("dbias", 64): (range(LONGEST_TOGETHER + 1, LONGEST_AFTER_DQ + 1), Tile(64, 32, 4, 2)),
 }
 
 
@@ -200,12 +205,9 @@ def capped(tile: Tile, dtype: torch.dtype, D: int, arch: int) -> Tile:
 def heuristic(kernel: str, dtype: torch.dtype, D: int, precision: str, length: int) -> Tile:
     """The shipped tile for axes of this length, if they are not shorter than it; the kernel as in `tuning.KERNELS`."""
     columns = 32 if D <= 32 else 64 if D <= 64 else 128
-    if dtype != torch.float32:
-        if (long := _LONG.get((kernel, columns))) is not None and length >= long[0]:
-            return long[1]
-        if (short := _SHORT.get((kernel, columns))) is not None and short[0] <= length <= short[1]:
-            return short[2]
-    return _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"][columns]
+    tile = _SHIPPED[kernel][precision if dtype == torch.float32 else "16 bit"][columns]
+    lengths, other = _AT_LENGTHS.get((kernel, columns), (range(0), tile))
+    return other if dtype != torch.float32 and length in lengths else tile
 
 
 def dbias_groups(R: int, programs: int, beside_others: bool = False) -> int:

@@ -20,6 +20,12 @@ def terms_of(g: Given) -> tuple[Tensor, Tensor]:
     return tiles, flags
 
 
+def prepared(g: Given) -> tuple[Tensor, OfDbias]:
+    """What the kernel is given besides its operands: tiles of shift and δ; lists, and key terms in tiles."""
+    row_tiles, flags = terms_of(g)
+    return row_tiles, listed(flags, g.x.k.shape[2], g.key, g.x.scale)
+
+
 def listed(flags: Tensor, J: int = 1, key: Tensor | None = None, scale: float = 1.0) -> OfDbias:
     B, H, blocks, R = flags.shape
     huge = torch.zeros((B * R * H * blocks,), dtype=torch.int32, device=flags.device)

@@ -20,7 +20,7 @@ if choice.gluon_refusal() is not None:
     pytest.skip(choice.gluon_refusal(), allow_module_level=True)
 from trifast_inductor.kernels.triangle_attention.hopper import dbias
 
-from .dbias_prepared import listed, terms_of
+from .dbias_prepared import prepared
 
 SHAPES = {
     "four partitions": dbias_choice.Shape(),
@@ -38,10 +38,8 @@ def hopper() -> str:
 
 def launch(g: Given, shape: dbias_choice.Shape | None = None) -> torch.Tensor:
     x = g.x
-    row_tiles, flags = terms_of(g)
-    lists = listed(flags, x.k.shape[2], x.key_bias if x.key_mask is None else x.key_mask, x.scale)
     plan = dbias.Plan(x.grad_out, *x.op, shape)
-    return plan(x.grad_out, x.q, x.k, x.v, x.bias, g.key, *g.statistics, row_tiles, lists)
+    return plan(x.grad_out, x.q, x.k, x.v, x.bias, g.key, *g.statistics, *prepared(g))
 
 
 @pytest.mark.gpu

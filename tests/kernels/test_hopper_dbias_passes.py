@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from trifast_inductor.kernels.triangle_attention import arguments
 from trifast_inductor.kernels.triangle_attention.hopper import dbias_passes as passes
 
-from .dbias_prepared import listed, terms_of
+from .dbias_prepared import listed, prepared, terms_of
 
 
 def rows_summed(g: Given, row_tiles: Tensor, keys: tuple[Tensor, Tensor] | None, summed: Tensor, group: int) -> Tensor:
@@ -55,10 +55,8 @@ def of_tiles(flags: Tensor) -> Tensor:
 
 
 def dbias(g: Given, group: int = 1000) -> Tensor:
-    row_tiles, flags = terms_of(g)
-    key = g.x.key_bias if g.x.key_mask is None else g.x.key_mask
-    lists = listed(flags, g.x.k.shape[2], key, g.x.scale)
-    keys = None if key is None else (lists.key_tiles, lists.key_bits)
+    row_tiles, lists = prepared(g)
+    keys = None if g.key is None else (lists.key_tiles, lists.key_bits)
     return finished(g, lists.walked, rows_summed(g, row_tiles, keys, lists.summed, group))
 
 

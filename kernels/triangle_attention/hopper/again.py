@@ -23,6 +23,7 @@ from trifast_inductor.kernels.triangle_attention.hopper.forward_passes import Pr
 from trifast_inductor.kernels.triangle_attention.launching import Launch
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
+    head_of,
     load_key_term,
     load_rows,
     logits_tile,
@@ -31,6 +32,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     store_rows,
     within,
 )
+from trifast_inductor.kernels.triangle_attention.order import head_place
 from trifast_inductor.kernels.triangle_attention.tiling import CappedTile
 
 # A number smaller than this times another is lost when it is added to that one in float32, rounded to nearest.
@@ -74,10 +76,10 @@ def _beside_a_term(
 
     The former is max|q|·max|k|·scale + max|bias|. Nothing is reduced over a tile before the end: that takes barriers.
     """
-    q_ptr, stride_qi, stride_qd = _head_of(operands[0], b, r, h)
+    q_ptr, stride_qi, stride_qd = head_of(operands[0], b, r, h)
     q_ptr += first_i * stride_qi
-    k_ptr, stride_kj, stride_kd = _head_of(operands[1], b, r, h)
-    v_ptr, stride_vj, stride_vd = _head_of(operands[2], b, r, h)
+    k_ptr, stride_kj, stride_kd = head_of(operands[1], b, r, h)
+    v_ptr, stride_vj, stride_vd = head_of(operands[2], b, r, h)
     n = tl.arange(0, BLOCK)
     largest_q = tl.zeros([BLOCK], tl.float32)
     largest_k = tl.zeros([BLOCK], tl.float32)
@@ -161,9 +163,9 @@ def _triangle_attention_fwd_again(
     groups = tl.cdiv(I, GROUP * BLOCK_I)
     last = B * R * H * groups
     operands = (
-        (q_ptr, stride_qb, stride_qr, stride_qh, stride_qi, stride_qd),
-        (k_ptr, stride_kb, stride_kr, stride_kh, stride_kj, stride_kd),
-        (v_ptr, stride_vb, stride_vr, stride_vh, stride_vj, stride_vd),
+        (q_ptr, stride_qb, stride_qr, stride_qi, stride_qh, stride_qd),
+        (k_ptr, stride_kb, stride_kr, stride_kj, stride_kh, stride_kd),
+        (v_ptr, stride_vb, stride_vr, stride_vj, stride_vh, stride_vd),
     )
     of_bias = (bias_ptr, stride_bias_b, stride_bias_h, stride_bias_i, stride_bias_j)
     of_key = (key_ptr, stride_key_b, stride_key_r, stride_key_j)
@@ -180,7 +182,7 @@ def _triangle_attention_fwd_again(
             for n in tl.range(32, disable_licm=True):
                 if (unsound >> n) & 1 != 0:
                     group = first + n // GROUP * programs
-                    b, r, h = _place(group // groups, R, H)
+                    b, r, h = head_place(group // groups, R, H)
                     i = (group % groups * GROUP + n % GROUP) * BLOCK_I + tl.arange(0, BLOCK_I)
                     out, row_max, row_sum = _walked(
                         operands, of_bias, of_key, b, r, h, i, i < I, J, scale, fill,
@@ -203,7 +205,7 @@ def _without_logits(
         of_group = (unsound >> n * GROUP) & ((1 << GROUP) - 1)
         if of_group != 0:
             group = first + n * tl.num_programs(0)
-            b, r, h = _place(group // groups, R, H)
+            b, r, h = head_place(group // groups, R, H)
             first_i = group % groups * GROUP * BLOCK_I
             row_key_ptr = key_ptr + b * stride_key_b + r * stride_key_r
             value = _only_value(row_key_ptr, stride_key_j, J, fill, KEY_TERM, 512)
@@ -238,26 +240,15 @@ def _store(results, out, row_max, row_sum, b, r, h, i, R, H, I, D: tl.constexpr,
 
 
 @triton.jit
-def _place(head, R, H):
-    return (head // (H * R)).to(tl.int64), (head // H % R).to(tl.int64), head % H
-
-
-@triton.jit
-def _head_of(operand, b, r, h):
-    ptr, stride_b, stride_r, stride_h, stride_row, stride_d = operand
-    return ptr + b * stride_b + r * stride_r + h * stride_h, stride_row, stride_d
-
-
-@triton.jit
 def _walked(
     operands, of_bias, of_key, b, r, h, i, i_in_range, J, scale, fill,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_TERM: tl.constexpr, KEY_TERM_FIRST: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, EVEN_J: tl.constexpr,
 ):  # fmt: skip
     """Output, row maximum and row sum of queries i, with a running maximum."""
-    q_ptr, stride_qi, stride_qd = _head_of(operands[0], b, r, h)
-    k_ptr, stride_kj, stride_kd = _head_of(operands[1], b, r, h)
-    v_ptr, stride_vj, stride_vd = _head_of(operands[2], b, r, h)
+    q_ptr, stride_qi, stride_qd = head_of(operands[0], b, r, h)
+    k_ptr, stride_kj, stride_kd = head_of(operands[1], b, r, h)
+    v_ptr, stride_vj, stride_vd = head_of(operands[2], b, r, h)
     bias_ptr, stride_bias_b, stride_bias_h, stride_bias_i, stride_bias_j = of_bias
     bias_ptr += b * stride_bias_b + h * stride_bias_h
     key_ptr, stride_key_b, stride_key_r, stride_key_j = of_key

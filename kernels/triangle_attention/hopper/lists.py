@@ -91,6 +91,7 @@ class Lists:
     ) -> None:
         flags, tiles = triton.cdiv(I, 64), B * H * triton.cdiv(I, 128)
         tiles_j, words = triton.cdiv(J, 128), triton.cdiv(R, 32)
+        FLAGS = triton.next_power_of_2(flags)
         self._marked_shape = (2 + 2 * B * R * H,)
         self._rows_shapes = ((tiles, R + 1), (tiles, R + 2)) if tiled else None
         # The copy engine takes half a tile more than is used.
@@ -106,8 +107,8 @@ class Lists:
             "scale": scale,
             "KEY_TERM": arguments.key_term(key),
             "TILED": tiled,
-            "FLAGS": triton.next_power_of_2(flags),
-            "HEADS_SEEN": max(1, 8192 // triton.next_power_of_2(flags)),
+            "FLAGS": FLAGS,
+            "HEADS_SEEN": max(1, 8192 // FLAGS),
             "SEEN": 1024,
         }
         programs = 1

@@ -13,9 +13,8 @@ from torch import Tensor
 from trifast_inductor.kernels.triangle_attention import arguments, memory
 from trifast_inductor.kernels.triangle_attention.hopper.dbias_passes import flags_of_queries, leave_tile_of_queries
 from trifast_inductor.kernels.triangle_attention.launching import Launch
-from trifast_inductor.kernels.triangle_attention.lean import words
 from trifast_inductor.kernels.triangle_attention.lean.operands import flag_of, leave_terms, load
-from trifast_inductor.kernels.triangle_attention.lean.words import leave_square
+from trifast_inductor.kernels.triangle_attention.lean.words import Made, Room, leave_square
 from trifast_inductor.kernels.triangle_attention.tiling import Tile
 
 _TILE = Tile(BLOCK_I=64, BLOCK_J=16, num_warps=4, num_stages=1)
@@ -123,7 +122,7 @@ class QueryTerms:
 
     def __init__(self, grad_out: Tensor, bias: Tensor, *, tiled: bool) -> None:
         B, R, I, H, D = grad_out.shape
-        self._words = words.Room(bias)
+        self._words = Room(bias)
         blocks = 2 * triton.cdiv(I, 128) if tiled else triton.cdiv(I, 64)
         HEADS = min(4, triton.next_power_of_2(H))
         self._shapes = ((B * R * H * blocks * 4, 32), (B, H, blocks, R)) if tiled else None
@@ -151,7 +150,7 @@ class QueryTerms:
         row_sum: Tensor,
         left: tuple[Tensor, Tensor],
         empty: memory.Empty = memory.empty,
-    ) -> tuple[words.Made, Tensor | None, Tensor | None]:
+    ) -> tuple[Made, Tensor | None, Tensor | None]:
         """`left` takes L and δ, and what is huge; tiles `[B·R·H·blocks·4, 32]`, flags for `dbias.py` from `empty`."""
         tiles = flags = None
         if self._shapes is not None:
@@ -159,4 +158,4 @@ class QueryTerms:
             flags = empty(self._shapes[1], torch.int32, out)
         both, loud = self._words(out)
         self._make(bias, both, loud, grad_out, out, row_max, row_sum, *left, tiles, flags)
-        return words.Made(both[0], both[1], loud), tiles, flags
+        return Made(both[0], both[1], loud), tiles, flags

@@ -22,7 +22,6 @@ from trifast_inductor.kernels.triangle_attention.lean.words import Words
 FEWEST_LOGITS = 256**3
 # Elements of whole tiles over those of the bias, where all portable kernels together are two launches.
 MOST_PADDED = 1.2
-_TWO_LAUNCHES = 192  # queries and keys
 
 
 def refusal(
@@ -44,7 +43,7 @@ def refusal(
         why = f"D={D} is not 16, 32 or 64"
     elif min(I, J) < dqkv_choice.SHORTEST[D] or B * R * H * I * J < FEWEST_LOGITS:
         why = "too small"
-    elif max(I, J) <= _TWO_LAUNCHES and triton.cdiv(I, 64) * triton.cdiv(J, 64) * 64**2 > MOST_PADDED * I * J:
+    elif max(I, J) <= tiling.LONGEST_AFTER_DQ and triton.cdiv(I, 64) * triton.cdiv(J, 64) * 64**2 > MOST_PADDED * I * J:
         why = f"tiles of 64 do not fit {I} queries by {J} keys"
     elif key_mask is not None and not fill <= keys.FILL:
         why = f"keys that are masked with {fill:g} may still be seen"
@@ -92,8 +91,8 @@ class Plan:
         flags = triton.cdiv(I, tile.dq.BLOCK_I)
         given = arguments.shared(q, k, v, bias, key_bias, key_mask, scale, fill, key_term_first)
         given |= {**arguments.strides("do", grad_out, "brihd"), "B": B, "flags": flags, "J_terms": J + -J % 64}
-        self._words = Words(bias)
-        self._keys = keys.Keys(key_bias if key_mask is None else key_mask, bias, given)
+        key = key_bias if key_mask is None else key_mask
+        self._keys = keys.Keys(key, bias, given)
         self._terms_shape = (B, R, H, I, 2)
         self._huge_shape = (B, R, H, flags)
         self._dq = Launch(dq._triangle_attention_bwd_dq_lean, B * R * H * flags, given, tile.dq)
@@ -103,7 +102,6 @@ class Plan:
         numbers = (scale, fill, key_term_first)
         self._dqkv_on_hopper: Callable[..., bool] | None = None
         if dqkv_choice.refusal(grad_out, q, k, v, bias, key_mask, *numbers) is None:
-            key = key_bias if key_mask is None else key_mask
             self._dqkv_on_hopper = hopper.attempt(_planned_dqkv, grad_out, q, k, v, key, scale)
             self._marked = self._planned_marked(B * R * H, q, given, tile)
         self._dbias_on_hopper: Callable[..., Tensor] | None = None
@@ -117,8 +115,9 @@ class Plan:
         tiled = self._dbias_on_hopper is not None
         if bias is not None and (tiled or self._dqkv_on_hopper is not None):
             self._query_terms = QueryTerms(grad_out, bias, tiled=tiled)
-            key = key_bias if key_mask is None else key_mask
             self._lists = Lists(B, R, H, I, J, key, scale, tiled=tiled)
+        else:
+            self._words = Words(bias)
         if bias is None or not needs_dbias:
             return
         self._dbias_shape = tuple(bias.shape)

@@ -12,6 +12,7 @@ from trifast_inductor.kernels.triangle_attention.lean.dkdv import dkdv_of_block
 from trifast_inductor.kernels.triangle_attention.lean.dq import dq_of_block
 from trifast_inductor.kernels.triangle_attention.lean.operands import UNIFORM
 from trifast_inductor.kernels.triangle_attention.lean.uniform import dkdv_of_uniform_head, dq_of_uniform_head
+from trifast_inductor.kernels.triangle_attention.order import head_place
 
 
 @triton.jit
@@ -51,12 +52,6 @@ def list_marked(
         walked += tl.sum(is_walked, 0)
     tl.store(listed_ptr, marked)
     tl.store(listed_ptr + 1, walked)
-
-
-@triton.jit
-def _place(entry_ptr, R, H):
-    head = tl.load(entry_ptr).to(tl.int64)
-    return head // (R * H), head // H % R, head % H
 
 
 @triton.jit
@@ -127,7 +122,7 @@ def _triangle_attention_bwd_marked(
     walked = tl.load(listed_ptr + 1)
     uniform = tl.load(listed_ptr) - walked
     for n in tl.range(tl.program_id(0), 2 * uniform, tl.num_programs(0), disable_licm=True):
-        b, r, h = _place(listed_ptr + heads + 2 + n // 2, R, H)
+        b, r, h = head_place(tl.load(listed_ptr + heads + 2 + n // 2), R, H)
         if n % 2 == 0:
             dq_of_uniform_head(
                 b, r, h, operands, terms_ptr, dq_ptr, (R, H, I, J), scale, D, KEY_TERM, PRECISION, BLOCK=64
@@ -139,7 +134,7 @@ def _triangle_attention_bwd_marked(
     # The blocks of a head side by side, those of queries first.
     parts = flags + tl.cdiv(J, BLOCK_J)
     for n in tl.range(tl.program_id(0), walked * parts, tl.num_programs(0), disable_licm=True):
-        b, r, h = _place(listed_ptr + 2 + n // parts, R, H)
+        b, r, h = head_place(tl.load(listed_ptr + 2 + n // parts), R, H)
         part = n % parts
         if part < flags:
             dq_of_block(

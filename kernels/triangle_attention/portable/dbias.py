@@ -6,6 +6,7 @@ import triton.language as tl
 
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
+    head_of,
     load_key_term,
     load_rows,
     logits_tile,
@@ -14,7 +15,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     within,
 )
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before
-from trifast_inductor.kernels.triangle_attention.portable.operands import head_of, query_terms, saved_of_block
+from trifast_inductor.kernels.triangle_attention.portable.operands import query_terms, saved_of_block
 from trifast_inductor.kernels.triangle_attention.sums import add_up_if_last
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from trifast_inductor.kernels.triangle_attention.logits import (
     dot,
     dot_of_tile,
+    head_of,
     load_key_term,
     load_rows,
     logits_tile,
@@ -16,7 +17,7 @@ from trifast_inductor.kernels.triangle_attention.logits import (
     within,
 )
 from trifast_inductor.kernels.triangle_attention.order import after_the_kernel_before, program_place
-from trifast_inductor.kernels.triangle_attention.portable.operands import head_of, query_terms, saved_of_block
+from trifast_inductor.kernels.triangle_attention.portable.operands import query_terms, saved_of_block
 
 
 @triton.jit

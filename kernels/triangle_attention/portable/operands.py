@@ -15,13 +15,6 @@ from trifast_inductor.kernels.triangle_attention.logits import load_rows
 
 
 @triton.jit
-def head_of(operand, b, r, h):
-    """Where one head of q, k, v or the gradient of the output begins; steps from row to row, and along a row."""
-    ptr, stride_b, stride_r, stride_row, stride_h, stride_d = operand
-    return ptr + b * stride_b + r * stride_r + h * stride_h, stride_row, stride_d
-
-
-@triton.jit
 def saved_of_block(saved, b, r, h, first, sizes, D: tl.constexpr):
     """`saved` from the first query of a block on."""
     out_ptr, row_max_ptr, row_sum_ptr, terms_ptr = saved
